@@ -1,0 +1,33 @@
+"""SRLoRA for Keras 3: low-rank adaptation in a moving subspace.
+
+Source: "SRLoRA: Subspace Recomposition in Low-Rank Adaptation via
+Importance-Based Fusion and Reinitialization", arXiv 2505.12433.
+"""
+
+from keras_srlora._layers import initialize_factors
+from keras_srlora._recipes import Recipe
+from keras_srlora.callback import RecompositionCallback
+from keras_srlora.convert import enable_srlora
+from keras_srlora.convert import merge_srlora
+from keras_srlora.dense import SRLoRADense
+from keras_srlora.einsum_dense import SRLoRAEinsumDense
+from keras_srlora.optimizer import SensitivityOptimizer
+from keras_srlora.recompose import Recomposition
+from keras_srlora.recompose import recompose
+from keras_srlora.sensitivity import Sensitivity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Recipe",
+    "Recomposition",
+    "RecompositionCallback",
+    "SRLoRADense",
+    "SRLoRAEinsumDense",
+    "Sensitivity",
+    "SensitivityOptimizer",
+    "enable_srlora",
+    "initialize_factors",
+    "merge_srlora",
+    "recompose",
+]

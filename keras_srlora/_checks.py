@@ -1,0 +1,81 @@
+"""Clear errors for bad input, raised before anything is changed."""
+
+import numpy as np
+from keras import ops
+
+from keras_srlora._decomposition import METHODS
+
+STARTS = ("pissa", "lora")
+
+
+def check_arguments(rank, target_rank, lora_alpha, start, decomposition):
+    """Raises `ValueError` for arguments that no kernel could satisfy."""
+    if not _is_integer(rank) or rank <= 0:
+        raise ValueError(f"`rank` must be a positive integer. Received: {rank=}")
+    if target_rank is not None and (
+        not _is_integer(target_rank) or target_rank < rank
+    ):
+        raise ValueError(
+            "`target_rank`, the number of directions that a run may visit, "
+            "must be an integer of at least `rank`. "
+            f"Received: {target_rank=}, {rank=}"
+        )
+    if lora_alpha is not None and not (
+        isinstance(lora_alpha, (int, float)) and 0 < lora_alpha < float("inf")
+    ):
+        raise ValueError(
+            f"`lora_alpha` must be a positive number. Received: {lora_alpha=}"
+        )
+    check_choice("start", start, STARTS)
+    check_choice("decomposition", decomposition, METHODS)
+
+
+def check_choice(name, value, choices):
+    """Raises unless `value` is one of the strings in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {sorted(choices)}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_rank(plan, rank, path):
+    """Raises where a kernel (a `Contraction`) is too small for a rank."""
+    smaller = min(plan.in_features, plan.out_features)
+    if rank > smaller:
+        raise ValueError(
+            f"`rank` is above the smaller side of the kernel of layer {path!r}"
+            f", which is {plan.in_features} x {plan.out_features} as a matrix: "
+            f"use at most {smaller}, or leave this layer out. "
+            f"Received: rank={rank}"
+        )
+
+
+def check_finite_kernel(kernel, path):
+    """Raises `ValueError` where a kernel has NaN or infinite entries."""
+    finite = ops.convert_to_numpy(
+        ops.all(ops.isfinite(ops.cast(kernel, "float32")))
+    )
+    if not finite:
+        raise ValueError(
+            f"The kernel of layer {path!r} has entries that are NaN or "
+            "infinite: it cannot be decomposed. Check the weights that were "
+            "loaded."
+        )
+
+
+def check_fraction(name, value, low_open, high_open):
+    """Raises unless `value` is a number from 0 to 1 (ends open as said)."""
+    number = isinstance(value, (int, float, np.floating))
+    above = number and (value > 0 if low_open else value >= 0)
+    below = number and (value < 1 if high_open else value <= 1)
+    if not (above and below):
+        interval = f"{'(' if low_open else '['}0, 1{')' if high_open else ']'}"
+        raise ValueError(
+            f"`{name}` must be a number in {interval}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def _is_integer(value):
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,0 +1,141 @@
+"""The one module that touches private Keras API.
+
+Each function says what it needs and why no public way does it.
+`tests/test_keras_private.py` fails when Keras changes one of them.
+"""
+
+import keras
+
+
+def flatten_layers(layer):
+    """Returns `layer` and every layer inside it, each once.
+
+    `Model.layers` lists only the first level of a model; the projections of a
+    KerasHub backbone are attributes of attributes. Private:
+    `Layer._flatten_layers`.
+    """
+    return layer._flatten_layers(include_self=True, recursive=True)
+
+
+class unlocked:
+    """Lets weights be added to a layer that is already built.
+
+    `Layer.enable_lora` does the same inside Keras. Private: `Layer._tracker`.
+    """
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __enter__(self):
+        self.was_locked = self.layer._tracker.locked
+        self.layer._tracker.unlock()
+
+    def __exit__(self, *exception):
+        if self.was_locked:
+            self.layer._tracker.lock()
+
+
+def set_variable_trainable(layer, variable, trainable):
+    """Moves a variable of a layer between its two lists of variables.
+
+    `variable.trainable = False` alone does not last: `layer.trainable = True`
+    sets the flag of every variable that was *tracked* as trainable, so that a
+    frozen kernel would thaw. Private: `Layer._untrack_variable`,
+    `Layer._track_variable`.
+    """
+    with unlocked(layer):
+        layer._untrack_variable(variable)
+        variable.trainable = trainable
+        layer._track_variable(variable)
+
+
+def remove_variable(layer, variable):
+    """Takes a variable out of a built layer. Private: `_untrack_variable`."""
+    with unlocked(layer):
+        layer._untrack_variable(variable)
+
+
+def stored_kernel(layer):
+    """The kernel's variable.
+
+    `layer.kernel` is a property that computes a tensor for a quantized layer
+    or one with Keras's own LoRA. Private: `Dense._kernel`.
+    """
+    return layer._kernel
+
+
+def is_part_of_another_model(model):
+    """Whether the model was called as a layer of another functional model.
+
+    Private: `Operation._inbound_nodes`.
+    """
+    return bool(model._inbound_nodes)
+
+
+def output_layers(model):
+    """The layers that make a model's outputs; none of a subclassed model.
+
+    Private: `KerasTensor._keras_history`.
+    """
+    made_by = {
+        id(output._keras_history.operation)
+        for output in keras.tree.flatten(getattr(model, "outputs", None) or [])
+    }
+    return [layer for layer in model.layers if id(layer) in made_by]
+
+
+def micro_batches_seen(optimizer):
+    """Number of gradients the optimizer was given, as a variable.
+
+    `optimizer.iterations` divides by `gradient_accumulation_steps`, which
+    loses the place inside an accumulation. Private: `Optimizer._iterations`.
+    """
+    return optimizer._iterations
+
+
+def accumulated_gradient(optimizer, variable):
+    """The sum of the gradients of `variable` in the current accumulation.
+
+    Private: `Optimizer._accumulated_gradients`, `_get_variable_index`.
+    """
+    index = optimizer._get_variable_index(variable)
+    return optimizer._accumulated_gradients[index]
+
+
+def optimizer_trainable_variables(optimizer):
+    """The variables that a built optimizer was built for, in order.
+
+    Private: `Optimizer._trainable_variables`.
+    """
+    return list(optimizer._trainable_variables)
+
+
+def is_stock_optimizer(optimizer):
+    """Whether the class comes with Keras, and its slots are known here.
+
+    There is no public marker; the module of the class is one.
+    """
+    return type(optimizer).__module__.startswith("keras.")
+
+
+def drop_compiled_functions(model):
+    """Makes the model trace its functions anew the next time.
+
+    `Model.compile` sets the same three attributes to `None`. Their names are
+    public (`Model.train_function`), setting them is not documented.
+    """
+    model.train_function = None
+    model.test_function = None
+    model.predict_function = None
+
+
+def replica_count():
+    """Number of replicas of the current `tf.distribute` strategy; else 1.
+
+    Keras has no backend-agnostic question for it.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync

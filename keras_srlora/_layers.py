@@ -1,0 +1,57 @@
+"""Finding the SRLoRA layers of a model."""
+
+from keras_srlora import _keras
+from keras_srlora._layer import SRLoRALayer
+
+
+def srlora_layers(model):
+    """The SRLoRA layers anywhere inside a model, ordered by their paths.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = [
+        layer
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, SRLoRALayer)
+    ]
+    if not layers:
+        raise ValueError(
+            f"Model {model.name!r} has no SRLoRA layer. Convert it with "
+            "`keras_srlora.enable_srlora(model)` or build it with "
+            "`keras_srlora.SRLoRADense`."
+        )
+    # An unbuilt layer has no path yet. The sort keeps the order of equals.
+    return sorted(layers, key=lambda layer: layer.path or layer.name)
+
+
+def initialize_factors(model):
+    """Decomposes the kernels of the SRLoRA layers that are not decomposed yet.
+
+    `RecompositionCallback` does it when `fit` starts. A loop of your own calls
+    it once the pretrained weights are in place.
+
+    Args:
+        model: a built `keras.Model` with SRLoRA layers.
+
+    Returns:
+        List of the SRLoRA layers, ordered by their paths.
+
+    Raises:
+        ValueError: before anything is changed, if there is no SRLoRA layer, one
+            is not built, or a kernel has entries that are not finite.
+
+    Example:
+
+    ```python
+    model.load_weights("pretrained.weights.h5")
+    keras_srlora.initialize_factors(model)
+    ```
+    """
+    layers = srlora_layers(model)
+    for layer in layers:
+        layer.check_initializable()
+    for layer in layers:
+        if not layer.initialized:
+            layer.initialize_factors()
+    return layers

@@ -1,0 +1,334 @@
+"""`RecompositionCallback`."""
+
+import warnings
+
+import keras
+
+from keras_srlora import _keras
+from keras_srlora._checks import check_fraction
+from keras_srlora._layers import initialize_factors
+from keras_srlora._layers import srlora_layers
+from keras_srlora._recipes import get_recipe
+from keras_srlora._state import Schedule
+from keras_srlora.optimizer import SensitivityOptimizer
+from keras_srlora.recompose import recompose
+from keras_srlora.recompose import remaining_recompositions
+
+
+class RecompositionCallback(keras.callbacks.Callback):
+    """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
+
+    Without arguments it does what the paper does: recompositions are spread
+    evenly over the run, so that each layer visits `target_rank` directions.
+    The length of the run is `epochs` times the steps of an epoch; where the
+    data set does not say its size, it is known after the first epoch.
+
+    During `fit` the optimizer is wrapped in a `SensitivityOptimizer`; after it
+    the model has its own optimizer back. A step is a batch of `fit`; with
+    `gradient_accumulation_steps` a recomposition waits for the end of an
+    accumulation, with `steps_per_execution` for the end of an execution. A
+    recomposition takes place before the first batch after it was due; none
+    after the last step of the run, where it would change nothing.
+
+    Args:
+        interval: int or `None`. Steps between two recompositions. Defaults to
+            `None`: `total_steps / N`, where `N` recompositions use up the
+            directions of the layer that has the most left.
+        fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
+            recomposition fuses, at least one pair. Defaults to `0.5`.
+        beta1: float in [0, 1). Decay of the average sensitivity. Defaults to
+            `0.85`.
+        beta2: float in [0, 1). Decay of its uncertainty. Defaults to `0.85`.
+        recipe: `"paper"` or a `Recipe`. Defaults to `"paper"`.
+        verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
+
+    Attributes:
+        record: list of `Recomposition`: what happened, in order.
+
+    `logs` of an epoch gain `srlora_recompositions` (in this epoch),
+    `srlora_directions` (directions used so far, mean over the layers) and
+    `srlora_drift` (largest in this epoch), so that `History` has them, and
+    `CSVLogger` and `TensorBoard` where they come later in the list.
+
+    Raises:
+        ValueError: when `fit` starts, before anything is changed: no SRLoRA
+            layer, a layer that is not built or frozen, a kernel that is not
+            finite, an optimizer that cannot work or was built for other
+            variables.
+        RuntimeError: if the model's optimizer is replaced during the run.
+
+    Example:
+
+    ```python
+    callback = keras_srlora.RecompositionCallback(verbose=1)
+    model.fit(train, epochs=3, callbacks=[callback])
+    [event.to_dict() for event in callback.record]
+    ```
+
+    References:
+        - [SRLoRA](https://arxiv.org/abs/2505.12433), section 3
+    """
+
+    def __init__(
+        self,
+        interval=None,
+        fusion_ratio=0.5,
+        beta1=0.85,
+        beta2=0.85,
+        recipe="paper",
+        verbose=0,
+    ):
+        super().__init__()
+        if interval is not None and (
+            not isinstance(interval, int) or interval < 1
+        ):
+            raise ValueError(
+                "`interval` must be a positive number of steps or `None`. "
+                f"Received: interval={interval!r}"
+            )
+        check_fraction("fusion_ratio", fusion_ratio, True, False)
+        check_fraction("beta1", beta1, False, True)
+        check_fraction("beta2", beta2, False, True)
+        self.interval = interval
+        self.fusion_ratio = fusion_ratio
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.recipe = get_recipe(recipe)
+        self.verbose = verbose
+        self.record = []
+
+    def to_dict(self):
+        """Arguments and record as plain Python, for JSON."""
+        return {
+            "interval": self.interval,
+            "fusion_ratio": self.fusion_ratio,
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "recipe": self.recipe.to_dict(),
+            "record": [event.to_dict() for event in self.record],
+        }
+
+    # Keras calls `set_model` before it makes the train function: whatever the
+    # compiled step must see is put in place here.
+
+    def set_model(self, model):
+        super().set_model(model)
+        self._layers = srlora_layers(model)
+        self._check(model)
+        initialize_factors(model)
+        self._optimizer = _wrap_optimizer(
+            model, self._layers, self.beta1, self.beta2
+        )
+        _keras.drop_compiled_functions(model)
+
+    def _check(self, model):
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None:
+            raise ValueError(
+                f"Model {model.name!r} has no optimizer: compile it first, as "
+                "in `model.compile('adamw', loss)`. Received: "
+                f"optimizer={optimizer!r}"
+            )
+        trainable = {id(v) for v in model.trainable_variables}
+        for layer in self._layers:
+            layer.check_initializable()
+            if not all(id(factor) in trainable for factor in layer.factors):
+                raise ValueError(
+                    f"The factors of layer {layer.path!r} are frozen: the "
+                    "callback would wait for gradients that never come. Set "
+                    "`trainable = True` on it (the kernel stays frozen). "
+                    f"Received: layer.trainable={layer.trainable}"
+                )
+            if layer.initialized:
+                layer.check_directions()
+
+    def on_train_begin(self, logs=None):
+        self.record = []
+        self._epoch_steps = self.params.get("steps")
+        self._step = None
+        self._said = set()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._step is None:
+            # `initial_epoch` is not among the parameters; the first epoch is.
+            self._begin_run(epoch)
+        self._epoch_start = self._step
+        self._events_before = len(self.record)
+        self._batches_before = self._batches_seen()
+
+    # At the begin of a batch, not at the end of the one before: Keras hands the
+    # logs of a finished batch to its callbacks in another thread, and with an
+    # overridden `on_train_batch_end` each step would wait for them.
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not _is_wrapped_by(self._model, self._optimizer):
+            raise RuntimeError(
+                "The optimizer of the model was replaced during the run, so "
+                "that its pairs are no longer scored. Compile before `fit`, "
+                "not in a callback. "
+                f"Received: model.optimizer={self._model.optimizer!r}"
+            )
+        self._step = self._epoch_start + batch
+        if self._schedule.is_due(self._step):
+            self._recompose()
+
+    def on_epoch_end(self, epoch, logs=None):
+        learned = not self._epoch_steps
+        if learned:
+            self._epoch_steps = self._batches_seen() - self._batches_before
+        self._step = self._epoch_start + self._epoch_steps
+        if learned and not self._schedule.interval:
+            self._make_schedule()
+        if logs is not None:
+            events = self.record[self._events_before :]
+            used = [layer.adapter_state.used.sum() for layer in self._layers]
+            logs["srlora_recompositions"] = len({e.step for e in events})
+            logs["srlora_directions"] = float(sum(used) / len(used))
+            logs["srlora_drift"] = max((e.drift for e in events), default=0.0)
+
+    def on_train_end(self, logs=None):
+        _unwrap_optimizer(self._model, self._optimizer)
+        _keras.drop_compiled_functions(self._model)
+
+    # The schedule.
+
+    def _begin_run(self, first_epoch):
+        saved = self._layers[0].adapter_state.schedule
+        steps = self._epoch_steps or saved.epoch_steps
+        self._step = first_epoch * steps
+        self._schedule = Schedule(origin=self._step, recomposed_at=self._step)
+        if first_epoch > 0 and saved.interval:
+            # The run that was interrupted goes on.
+            interval = self.interval or saved.interval
+            self._set_schedule(saved._replace(interval=interval))
+        elif steps or self.interval:
+            self._make_schedule()
+        elif self.params.get("epochs", 1) - first_epoch == 1:
+            self._say(
+                "The data set does not say its size and this run has a single "
+                "epoch, so that the length of the run is unknown: nothing will "
+                "be recomposed. Pass `RecompositionCallback(interval=...)` or "
+                "`fit(steps_per_epoch=...)`."
+            )
+
+    def _make_schedule(self):
+        """Spreads what is left to do over what is left of the run."""
+        steps = self._epoch_steps or 0
+        left = self.params.get("epochs", 1) * steps - self._step
+        count = max(
+            remaining_recompositions(layer, self.fusion_ratio)
+            for layer in self._layers
+        )
+        interval = self.interval
+        if interval is None:
+            interval = self.recipe["schedule"](left, count)
+            if count > left > 0:
+                self._say(
+                    f"{left} steps are too few to visit all directions in "
+                    f"{count} recompositions: there will be one each step."
+                )
+        elif steps and interval >= left:
+            self._say(
+                f"`interval={interval}` is not below the {left} steps of this "
+                "run: nothing will be recomposed."
+            )
+        self._set_schedule(Schedule(interval, self._step, steps, self._step))
+
+    def _set_schedule(self, schedule):
+        self._schedule = schedule
+        for layer in self._layers:
+            layer.adapter_state.schedule = schedule
+
+    # A recomposition.
+
+    def _recompose(self):
+        # On JAX, where the variables are out of date during an epoch, the
+        # public property brings them up to date.
+        self.model  # noqa: B018
+        inner = self._optimizer.unwrap()
+        accumulation = inner.gradient_accumulation_steps or 1
+        if self._batches_seen() % accumulation:
+            return
+        exhausted = [
+            layer.path
+            for layer in self._layers
+            if not len(layer.adapter_state.unused)
+        ]
+        if exhausted:
+            self._say_once(
+                "exhausted",
+                f"{len(exhausted)} of {len(self._layers)} SRLoRA layers have "
+                f"used all their directions at step {self._step} and train on "
+                f"as plain LoRA: {exhausted[:3]}. A larger `target_rank` has "
+                "more directions.",
+            )
+        events = recompose(
+            self._optimizer.sensitivity,
+            self._optimizer,
+            self._step,
+            self.fusion_ratio,
+            self.recipe,
+        )
+        self._set_schedule(self._schedule._replace(recomposed_at=self._step))
+        self.record.extend(events)
+        if events and self.verbose:
+            print(f"\n{describe(events, len(self._layers))}", flush=True)
+
+    def _batches_seen(self):
+        return int(_keras.micro_batches_seen(self._optimizer.unwrap()))
+
+    def _say_once(self, key, message):
+        if key not in self._said:
+            self._said.add(key)
+            self._say(message)
+
+    def _say(self, message):
+        warnings.warn(message, stacklevel=2)
+
+
+def describe(events, layer_count):
+    """One line about the recomposition of a model at one step."""
+    pairs = sum(len(event.slots) for event in events)
+    directions = [index for event in events for index in event.directions]
+    drift = max(event.drift for event in events)
+    return (
+        f"step {events[0].step}: recomposed {len(events)} of {layer_count} "
+        f"layers, {pairs} pairs fused and restarted along directions "
+        f"{min(directions)} to {max(directions)}; largest change of a kernel "
+        f"{drift:.1e} of its largest entry"
+    )
+
+
+# Putting the wrapper in place. A `LossScaleOptimizer` stays outside of it, so
+# that a step that overflows leaves no mark.
+
+
+def _wrap_optimizer(model, layers, beta1, beta2):
+    outer = model.optimizer
+    scaled = isinstance(outer, keras.optimizers.LossScaleOptimizer)
+    inner = outer.inner_optimizer if scaled else outer
+    if isinstance(inner, SensitivityOptimizer):
+        # Of a run that was interrupted, or put there by hand.
+        inner = inner.unwrap()
+    wrapper = SensitivityOptimizer(inner, layers, beta1, beta2)
+    if scaled:
+        outer.inner_optimizer = wrapper
+    else:
+        model.optimizer = wrapper
+    if not model.optimizer.built:
+        # TensorFlow builds an optimizer in the first step.
+        model.optimizer.build(model.trainable_variables)
+    return wrapper
+
+
+def _unwrap_optimizer(model, wrapper):
+    wrapper.sensitivity.detach()
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        model.optimizer.inner_optimizer = wrapper.unwrap()
+    else:
+        model.optimizer = wrapper.unwrap()
+
+
+def _is_wrapped_by(model, wrapper):
+    optimizer = model.optimizer
+    return getattr(optimizer, "inner_optimizer", optimizer) is wrapper

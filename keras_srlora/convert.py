@@ -1,0 +1,321 @@
+"""`enable_srlora` and `merge_srlora`: plain layers to SRLoRA's and back."""
+
+import re
+import warnings
+
+import keras
+from keras import ops
+
+from keras_srlora import _keras
+from keras_srlora._checks import check_arguments
+from keras_srlora._checks import check_finite_kernel
+from keras_srlora._checks import check_rank
+from keras_srlora._layer import FACTORS
+from keras_srlora._layers import srlora_layers
+from keras_srlora.dense import SRLoRADense
+from keras_srlora.einsum_dense import SRLoRAEinsumDense
+
+ADAPTED = {
+    keras.layers.Dense: SRLoRADense,
+    keras.layers.EinsumDense: SRLoRAEinsumDense,
+}
+PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def enable_srlora(
+    model,
+    rank=8,
+    target_rank=None,
+    lora_alpha=None,
+    target_layer_names=None,
+    start="pissa",
+    decomposition="auto",
+):
+    """Converts the projections of a built model to SRLoRA layers, in place.
+
+    The layers keep their names, paths and places; their kernels are decomposed
+    now. Afterwards exactly the factors are trainable, and the head where there
+    is one: of a KerasHub task, everything outside of its `backbone`; of a model
+    of your own, the layers that make its outputs.
+
+    A model that was compiled before must be compiled again.
+
+    Args:
+        model: a built `keras.Model`, e.g. a KerasHub backbone or task.
+        rank: int. Number of pairs a kernel. Defaults to `8`.
+        target_rank: int, or `None` for `8 * rank`. How many singular directions
+            a run may visit, capped by the smaller side of each kernel.
+        lora_alpha: number, or `None` for `rank`. Scale `lora_alpha / rank`.
+        target_layer_names: list of strings: names of layers, or regular
+            expressions that match a whole path. `None`: all projections
+            (`Dense`, `EinsumDense`) inside of composite layers, which in a
+            transformer are those of attention and feed-forward; in a model that
+            has none there, all `Dense` and `EinsumDense` layers but those that
+            make its outputs.
+        start: `"pissa"` or `"lora"`; see `SRLoRADense`.
+        decomposition: `"exact"`, `"randomized"` or `"auto"`.
+
+    Returns:
+        List of the converted layers, ordered by their paths.
+
+    Raises:
+        ValueError: before anything is changed, if a target matches nothing or a
+            layer of another class, the model is not built, a layer was
+            converted before or has Keras's LoRA, `rank` is above the smaller
+            side of a kernel, an equation is not one contraction, or a kernel
+            has entries that are not finite. The message names the layer.
+
+    Example:
+
+    ```python
+    backbone = keras_hub.models.BertBackbone.from_preset("bert_base_en")
+    keras_srlora.enable_srlora(backbone, rank=8, target_rank=64)
+    ```
+    """
+    check_arguments(rank, target_rank, lora_alpha, start, decomposition)
+    layers = _find_targets(model, target_layer_names)
+    arguments = (rank, target_rank, lora_alpha, start, decomposition)
+    for layer in layers:
+        _check_convertible(layer, rank)
+    _warn_of_outer_model(model)
+    _freeze_base(model, layers)
+    for layer in layers:
+        _convert(layer, arguments)
+    _keras.drop_compiled_functions(model)
+    return layers
+
+
+def merge_srlora(model):
+    """Turns every SRLoRA layer back into a plain one, in place.
+
+    The kernel becomes the effective kernel, so that the outputs stay; factors,
+    directions and record are dropped, and the kernels are trainable again.
+    Compile the model again before training it on.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers.
+
+    Returns:
+        List of the merged layers, plain `Dense` and `EinsumDense`.
+
+    Raises:
+        ValueError: if there is no SRLoRA layer, or one is not built.
+
+    Example:
+
+    ```python
+    keras_srlora.merge_srlora(model)
+    model.save("finetuned.keras")
+    ```
+    """
+    layers = srlora_layers(model)
+    for layer in layers:
+        if not layer.built:
+            layer.check_initializable()
+    for layer in layers:
+        kernel = _keras.stored_kernel(layer)
+        kernel.assign(ops.cast(layer.effective_kernel(), kernel.dtype))
+        for name in FACTORS:
+            _keras.remove_variable(layer, getattr(layer, name))
+            delattr(layer, name)
+        for name in ("rank", "target_rank", "start", "decomposition"):
+            delattr(layer, name)
+        del layer._adapter
+        layer.lora_alpha = None
+        _keras.set_variable_trainable(layer, kernel, trainable=True)
+        layer.__class__ = PLAIN[type(layer)]
+    _keras.drop_compiled_functions(model)
+    return layers
+
+
+# Which layers.
+
+
+def _find_targets(model, names):
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a `keras.Model`. Received: {type(model)}"
+        )
+    if not model.built:
+        raise ValueError(
+            f"Model {model.name!r} is not built, so it has no kernels to "
+            "decompose. Call it on a batch, or `model.build(input_shape)`."
+        )
+    everything = _keras.flatten_layers(model)
+    if names is None:
+        targets = _default_targets(model, everything)
+        if not targets:
+            _refuse_converted(everything)
+            raise ValueError(
+                f"Model {model.name!r} has no `Dense` or `EinsumDense` layer "
+                "to convert: there is none inside of a composite layer and "
+                "none but those that make its outputs. Name the layers to "
+                "convert in `target_layer_names`. Received: "
+                f"layers of classes {sorted({type(x).__name__ for x in everything})}"
+            )
+    else:
+        targets = _named_targets(model, everything, names)
+    return sorted(targets, key=lambda layer: layer.path or layer.name)
+
+
+def _default_targets(model, everything):
+    projections = [x for x in everything if type(x) in ADAPTED]
+    first_level = {
+        id(layer)
+        for container in everything
+        if isinstance(container, keras.Model)
+        for layer in container.layers
+    }
+    inside = [x for x in projections if id(x) not in first_level]
+    if inside:
+        return inside
+    head = {id(layer) for layer in _keras.output_layers(model)}
+    if not head:
+        raise ValueError(
+            f"Model {model.name!r} is a subclassed model, which does not say "
+            "which of its layers make its outputs. Name the layers to convert "
+            "in `target_layer_names`."
+        )
+    return [x for x in projections if id(x) not in head]
+
+
+def _named_targets(model, everything, names):
+    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+        raise ValueError(
+            "`target_layer_names` must be a list of strings. "
+            f"Received: target_layer_names={names!r}"
+        )
+    targets = {}
+    for name in names:
+        matched = [
+            layer
+            for layer in everything
+            if name == layer.name or re.fullmatch(name, layer.path or "")
+        ]
+        if not matched:
+            paths = sorted(x.path for x in everything if type(x) in ADAPTED)
+            raise ValueError(
+                f"`target_layer_names` matches nothing in model "
+                f"{model.name!r}. Received: {name!r}. There are "
+                f"{len(paths)} layers that could be converted, such as "
+                f"{paths[:3]}."
+            )
+        targets.update((id(layer), layer) for layer in matched)
+    return list(targets.values())
+
+
+# Checks, all of them before the first change.
+
+
+def _refuse_converted(layers):
+    for layer in layers:
+        if type(layer) in PLAIN:
+            raise ValueError(
+                f"Layer {layer.path!r} was already converted by "
+                "`enable_srlora` (or is an SRLoRA layer). Call "
+                "`keras_srlora.merge_srlora(model)` first to start anew."
+            )
+
+
+def _check_convertible(layer, rank):
+    _refuse_converted([layer])
+    path = layer.path or layer.name
+    if type(layer) not in ADAPTED:
+        raise ValueError(
+            f"Layer {path!r} cannot be converted: only `keras.layers.Dense` "
+            "and `keras.layers.EinsumDense` themselves can, not other layers "
+            f"or subclasses. Received: {type(layer).__name__}"
+        )
+    if not layer.built:
+        raise ValueError(
+            f"Layer {path!r} is not built: there is no kernel to decompose. "
+            "Call the model on a batch first."
+        )
+    if layer.lora_enabled:
+        raise ValueError(
+            f"Layer {path!r} has Keras's LoRA enabled (rank "
+            f"{layer.lora_rank}). Load the plain model and convert that."
+        )
+    if layer.quantization_mode is not None:
+        raise ValueError(
+            f"Layer {path!r} is quantized; its kernel cannot take up fused "
+            f"pairs. Received: quantization_mode={layer.quantization_mode!r}"
+        )
+    if layer.kernel_constraint is not None:
+        raise ValueError(
+            f"Layer {path!r} has a kernel constraint, which needs the kernel "
+            "that SRLoRA never materialises. "
+            f"Received: kernel_constraint={layer.kernel_constraint}"
+        )
+    # `_plan` looks only at what the plain layer has as well.
+    check_rank(ADAPTED[type(layer)]._plan(layer), rank, path)
+    check_finite_kernel(_keras.stored_kernel(layer), path)
+
+
+def _warn_of_outer_model(model):
+    if _keras.is_part_of_another_model(model):
+        warnings.warn(
+            f"Model {model.name!r} is already a part of another model, whose "
+            "compiled functions cannot be reached from here. If that model was "
+            "used before (predict, evaluate, fit), call its `compile` again, "
+            "or convert it instead: `enable_srlora(outer_model)`.",
+            stacklevel=3,
+        )
+
+
+# The conversion.
+
+
+def _freeze_base(model, targets):
+    """Freezes the pretrained part: every variable that is there by now.
+
+    Flags alone, so that `model.trainable = True` brings back everything but
+    the kernels, which `_convert` moves out of its reach.
+    """
+    for part in _base_parts(model, targets):
+        for variable in part.variables:
+            if variable.trainable:
+                variable.trainable = False
+
+
+def _base_parts(model, targets):
+    base = getattr(model, "backbone", None)
+    if isinstance(base, keras.Model):
+        return [base]
+    if _is_backbone(model):
+        return [model]
+    nested = [
+        layer
+        for layer in model.layers
+        if isinstance(layer, keras.Model) and _contains_any(layer, targets)
+    ]
+    if all(
+        any(_contains_any(part, [layer]) for part in nested)
+        for layer in targets
+    ):
+        return nested
+    head = {id(layer) for layer in _keras.output_layers(model)}
+    if not head:
+        # A subclassed model does not say which of its layers are its head.
+        return nested + targets
+    return [layer for layer in model.layers if id(layer) not in head]
+
+
+def _contains_any(part, layers):
+    inside = {id(layer) for layer in _keras.flatten_layers(part)}
+    return any(id(layer) in inside for layer in layers)
+
+
+def _is_backbone(model):
+    # By name, so that keras_hub need not be imported.
+    return any(
+        cls.__name__ == "Backbone" and cls.__module__.startswith("keras_hub")
+        for cls in type(model).__mro__
+    )
+
+
+def _convert(layer, arguments):
+    layer.__class__ = ADAPTED[type(layer)]
+    layer._set_arguments(*arguments)
+    layer._add_factors()
+    layer.initialize_factors()

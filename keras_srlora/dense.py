@@ -1,0 +1,79 @@
+"""`SRLoRADense`."""
+
+import keras
+
+from keras_srlora import _contraction
+from keras_srlora import _keras
+from keras_srlora._layer import SRLoRALayer
+
+
+@keras.saving.register_keras_serializable("keras_srlora")
+class SRLoRADense(SRLoRALayer, keras.layers.Dense):
+    """A `keras.layers.Dense` whose kernel is frozen and adapted by SRLoRA.
+
+    ```
+    y = activation(x @ kernel + s · (x @ aᵀ) @ b + bias),   s = lora_alpha / rank
+    ```
+
+    `rank` pairs (a row of `a` with a row of `b`) are trained; a
+    `RecompositionCallback` scores them while training, fuses the least
+    important ones into the kernel and restarts their slots along unused
+    singular directions of the pretrained kernel.
+
+    The kernel is decomposed **when training starts** (by the callback, or by
+    `initialize_factors`), not when the layer is built: whatever weights the
+    layer has by then, from an initializer, `load_weights`, `set_weights` or
+    `assign`, are the pretrained ones. Until then `a` is random and `b` zero, as
+    in Keras's LoRA, so that the layer computes what its kernel says.
+
+    Args:
+        units: Positive integer, as in `keras.layers.Dense`, like every other
+            argument that is not listed here (`activation`, `use_bias`,
+            initializers, regularizers, `bias_constraint`, `dtype`, ...). A
+            `kernel_regularizer` acts on the two factors and a
+            `kernel_constraint` is refused, as in Keras's own LoRA.
+        rank: Positive integer. Number of pairs, at most the smaller side of
+            the kernel. Defaults to `8`.
+        target_rank: Integer of at least `rank`. How many singular directions a
+            run may visit; capped by the smaller side of the kernel. Defaults to
+            `None`: `8 * rank`.
+        lora_alpha: Positive number. The low-rank part is scaled by
+            `lora_alpha / rank`. Defaults to `None`: `rank`, so scale 1, as in
+            the paper.
+        start: `"pissa"` (published: the first pairs are the kernel's leading
+            singular directions) or `"lora"` (`a` random, `b` zero, all
+            directions unused). Defaults to `"pissa"`.
+        decomposition: `"exact"`, `"randomized"` or `"auto"` (by size).
+            Defaults to `"auto"`.
+
+    Input shape:
+        N-D tensor with shape `(batch_size, ..., in)`.
+
+    Output shape:
+        N-D tensor with shape `(batch_size, ..., units)`.
+
+    Raises:
+        ValueError: for a `rank` that is not positive or above the kernel's
+            smaller side (on building), a `target_rank` below `rank`, a
+            `lora_alpha` that is not positive, a `kernel_constraint`.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((64,))
+    x = keras_srlora.SRLoRADense(256, rank=8, activation="gelu")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(10)(x))
+    model.load_weights("pretrained.weights.h5")  # of the plain model
+    model.compile("adamw", "mse")
+    model.fit(x, y, callbacks=[keras_srlora.RecompositionCallback()])
+    ```
+
+    References:
+        - [SRLoRA](https://arxiv.org/abs/2505.12433)
+        - [PiSSA](https://arxiv.org/abs/2404.02948)
+        - [LoRA](https://arxiv.org/abs/2106.09685)
+    """
+
+    def _plan(self, input_ndim=2):
+        in_features, out_features = _keras.stored_kernel(self).shape
+        return _contraction.dense(input_ndim, in_features, out_features)

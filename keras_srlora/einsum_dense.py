@@ -1,0 +1,56 @@
+"""`SRLoRAEinsumDense`."""
+
+import keras
+
+from keras_srlora import _contraction
+from keras_srlora import _keras
+from keras_srlora._layer import SRLoRALayer
+
+
+@keras.saving.register_keras_serializable("keras_srlora")
+class SRLoRAEinsumDense(SRLoRALayer, keras.layers.EinsumDense):
+    """A `keras.layers.EinsumDense` with a frozen kernel adapted by SRLoRA.
+
+    The kernel, of any number of dimensions, is read as one matrix: contracted
+    dimensions × dimensions of the kernel alone, wherever they lie in it. In
+    `"btd,ndh->btnh"` it is `d × (n·h)`, in `"bquh,uhm->bqm"` it is
+    `(u·h) × m`. `lora_kernel_a` then has shape `(rank, in)` and
+    `lora_kernel_b` `(rank, out)` with the flattened sizes.
+
+    Args:
+        equation: String, an einsum equation with one contraction.
+        output_shape: As in `keras.layers.EinsumDense`, like every other
+            argument that is not listed here.
+        rank: Positive integer. Number of pairs. Defaults to `8`.
+        target_rank: Integer of at least `rank`, or `None` for `8 * rank`. How
+            many singular directions a run may visit.
+        lora_alpha: Positive number, or `None` for `rank`. The low-rank part is
+            scaled by `lora_alpha / rank`.
+        start: `"pissa"` or `"lora"`. Defaults to `"pissa"`.
+        decomposition: `"exact"`, `"randomized"` or `"auto"`. Defaults to
+            `"auto"`.
+
+    `SRLoRADense` says more about each of them and when the kernel is
+    decomposed.
+
+    Raises:
+        ValueError: on building, for an equation that is not one contraction
+            (a batch of kernels, a dimension summed in one operand alone);
+            otherwise as `SRLoRADense`.
+
+    Example:
+
+    ```python
+    layer = keras_srlora.SRLoRAEinsumDense(
+        "abc,cde->abde", output_shape=(None, 12, 64), bias_axes="de", rank=8
+    )
+    ```
+
+    References:
+        - [SRLoRA](https://arxiv.org/abs/2505.12433)
+    """
+
+    def _plan(self, input_ndim=None):
+        # `EinsumDense` fixes the number of input dimensions when it is built.
+        shape = tuple(_keras.stored_kernel(self).shape)
+        return _contraction.analyze(self.equation, self.input_spec.ndim, shape)

@@ -1,0 +1,172 @@
+"""`SensitivityOptimizer`: sees the gradients inside the train step."""
+
+import keras
+from keras import ops
+
+from keras_srlora import _keras
+from keras_srlora._layers import srlora_layers
+from keras_srlora.sensitivity import Sensitivity
+
+
+@keras.saving.register_keras_serializable("keras_srlora")
+class SensitivityOptimizer(keras.optimizers.Optimizer):
+    """Wraps an optimizer and scores the SRLoRA pairs from its gradients.
+
+    Keras has no hook for gradients; like `LossScaleOptimizer` this wraps the
+    optimizer that it hands them on to, which does everything that it did
+    before. `RecompositionCallback` puts it in place for the time of a `fit`;
+    loops of your own use it directly.
+
+    What a step is: with `gradient_accumulation_steps=k` the statistics are
+    updated once every `k` batches, from the mean gradient that the wrapped
+    optimizer applies. The gradient is scored before clipping, after loss
+    scales are divided out.
+
+    The optimizer is saved as the one that it wraps, so that a model saved in
+    the middle of a run loads with the stock optimizer and its state; the
+    statistics are saved with the layers.
+
+    Args:
+        inner_optimizer: the `keras.optimizers.Optimizer` to wrap.
+        model: a `keras.Model` with SRLoRA layers, or a list of such layers.
+        beta1: float in [0, 1). Defaults to `0.85`.
+        beta2: float in [0, 1). Defaults to `0.85`.
+
+    Example:
+
+    ```python
+    optimizer = keras_srlora.SensitivityOptimizer(keras.optimizers.Adam(), model)
+    optimizer.apply(gradients, model.trainable_variables)
+    ```
+    """
+
+    def __init__(self, inner_optimizer, model, beta1=0.85, beta2=0.85):
+        check_optimizer(inner_optimizer)
+        layers = model if isinstance(model, list) else srlora_layers(model)
+        super().__init__(learning_rate=0.0, name=inner_optimizer.name)
+        # Not `inner_optimizer`: Keras would walk into the attribute when
+        # saving and write the wrapped optimizer a second time.
+        self.unwrap = lambda: inner_optimizer
+        self.sensitivity = Sensitivity(layers, beta1, beta2)
+        if inner_optimizer.built:
+            self._adopt()
+
+    def build(self, variables):
+        if not self.unwrap().built:
+            self.unwrap().build(variables)
+        self._adopt()
+
+    def _adopt(self):
+        variables = _keras.optimizer_trainable_variables(self.unwrap())
+        known = {id(v) for v in variables}
+        for layer in self.sensitivity.layers:
+            if not all(id(factor) in known for factor in layer.factors):
+                raise ValueError(
+                    f"The optimizer {self.name!r} does not train the factors "
+                    f"of layer {layer.path!r}: it was built before the layer "
+                    "was converted, or the layer is frozen "
+                    f"(layer.trainable={layer.trainable}). Compile the model "
+                    "again, after setting `trainable`."
+                )
+        super().build(variables)
+
+    @property
+    def variables(self):
+        return self.sensitivity.variables + self.unwrap().variables
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            self.build(list(trainable_variables))
+        variables = list(
+            trainable_variables or _keras.optimizer_trainable_variables(self)
+        )
+        grads = list(grads)
+        self.sensitivity.update(*self._step_gradients(grads, variables))
+        self.unwrap().apply(grads, variables)
+
+    def _step_gradients(self, grads, variables):
+        """Returns `(gradients, variables, is_step)` of the optimizer's step."""
+        inner = self.unwrap()
+        steps = inner.gradient_accumulation_steps
+        is_step = True
+        if steps:
+            is_step = ops.equal(
+                (_keras.micro_batches_seen(inner) + 1) % steps, 0
+            )
+            grads = [
+                g
+                if g is None
+                else (g + _keras.accumulated_gradient(inner, v)) / steps
+                for g, v in zip(grads, variables)
+            ]
+        if inner.loss_scale_factor:
+            grads = [
+                g if g is None else g / inner.loss_scale_factor for g in grads
+            ]
+        return grads, variables, is_step
+
+    # Everything else is the wrapped optimizer's.
+
+    @property
+    def learning_rate(self):
+        return self.unwrap().learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.unwrap().learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        return self.unwrap().iterations
+
+    def scale_loss(self, loss):
+        return self.unwrap().scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        self.unwrap().finalize_variable_values(var_list)
+
+    def save_own_variables(self, store):
+        self.unwrap().save_own_variables(store)
+
+    def load_own_variables(self, store):
+        self.unwrap().load_own_variables(store)
+
+    def get_config(self):
+        inner = keras.saving.serialize_keras_object(self.unwrap())
+        return {"inner_optimizer": inner}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Returns the wrapped optimizer: there is no model to score here."""
+        return keras.saving.deserialize_keras_object(
+            config["inner_optimizer"], custom_objects=custom_objects
+        )
+
+
+def check_optimizer(optimizer):
+    """Raises where restarting a pair in this optimizer cannot be right."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "SRLoRA needs a `keras.optimizers.Optimizer`: compile the model "
+            f"with one. Received: optimizer={optimizer!r}"
+        )
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "A `LossScaleOptimizer` must be outside, so that a step that "
+            "overflows leaves no mark: "
+            "`LossScaleOptimizer(SensitivityOptimizer(optimizer, model))`. "
+            f"Received: inner_optimizer={optimizer.name!r}"
+        )
+    if isinstance(optimizer, keras.optimizers.Ftrl):
+        raise ValueError(
+            "Ftrl keeps no weights: it computes them from its slots in each "
+            "step, so a pair cannot be restarted. Use another optimizer. "
+            f"Received: optimizer={optimizer.name!r}"
+        )
+    replicas = _keras.replica_count()
+    if replicas > 1:
+        raise NotImplementedError(
+            "SRLoRA does not yet reduce the gradients that it scores over the "
+            "replicas of a `tf.distribute` strategy; the scores would be of "
+            f"one replica alone. Received: a strategy with {replicas} replicas."
+        )

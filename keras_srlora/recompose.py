@@ -1,0 +1,153 @@
+"""Recomposition of a model: scores → pairs → directions → kernels and slots."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+
+from keras_srlora import _keras
+from keras_srlora import _slots
+from keras_srlora._checks import check_fraction
+from keras_srlora._recipes import Pairs
+from keras_srlora._recipes import get_recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Recomposition:
+    """What happened to one layer at one recomposition.
+
+    Attributes:
+        step: int. Training steps done before it.
+        layer: str. Path of the layer.
+        slots: tuple of ints. Slots whose pairs were fused.
+        scores: tuple of floats. Importance of the fused pairs.
+        directions: tuple of ints. Singular directions that the slots restarted
+            along, 0 being that of the largest singular value.
+        drift: float. Largest change of an entry of the layer's effective
+            kernel, as a part of its largest entry.
+    """
+
+    step: int
+    layer: str
+    slots: tuple
+    scores: tuple
+    directions: tuple
+    drift: float
+
+    def to_dict(self):
+        """As plain Python, for JSON."""
+        return {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            for value in [getattr(self, field.name)]
+        }
+
+
+def recompose(
+    sensitivity, optimizer=None, step=0, fusion_ratio=0.5, recipe="paper"
+):
+    """Fuses the least important pairs and restarts their slots, in all layers.
+
+    The function that each layer computes does not change. A layer whose
+    directions have run out, or whose factors or scores are not finite, is left
+    as it is, with a warning in the latter case.
+
+    Args:
+        sensitivity: the `Sensitivity` that scored the layers.
+        optimizer: the built Keras optimizer whose slots of the restarted pairs
+            are treated as the recipe says; a `SensitivityOptimizer` may be
+            passed as it is. `None` where there is none: treat the slots of the
+            returned `Recomposition`s yourself.
+        step: int. For the record.
+        fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs to fuse, at
+            least one. Defaults to `0.5`.
+        recipe: name or `Recipe`.
+
+    Returns:
+        List of `Recomposition`, one for each layer that was recomposed.
+
+    Example:
+
+    ```python
+    optimizer = keras_srlora.SensitivityOptimizer(keras.optimizers.Adam(), model)
+    ...
+    if step % 100 == 0:
+        keras_srlora.recompose(optimizer.sensitivity, optimizer, step)
+    ```
+    """
+    check_fraction("fusion_ratio", fusion_ratio, low_open=True, high_open=False)
+    recipe = get_recipe(recipe)
+    slots = {}
+    if optimizer is not None:
+        optimizer = getattr(optimizer, "unwrap", lambda: optimizer)()
+        slots, unknown = _slots.find_slots(
+            optimizer, _keras.optimizer_trainable_variables(optimizer)
+        )
+        _slots.warn_of_unknown(optimizer, unknown)
+    events = []
+    for layer, scores in zip(sensitivity.layers, sensitivity.importance()):
+        event = _recompose_layer(layer, scores, step, fusion_ratio, recipe)
+        if event is None:
+            continue
+        events.append(event)
+        sensitivity.reset(layer)
+        restarted = _slots.row_mask(layer.rank, list(event.slots))
+        for factor in layer.factors:
+            _slots.restart_slots(
+                slots.get(id(factor), []), factor, restarted, recipe["slots"]
+            )
+    return events
+
+
+def pairs_per_recomposition(rank, fusion_ratio):
+    """`n = γ · r`, at least one (arXiv 2505.12433, section 3)."""
+    return max(1, int(fusion_ratio * rank))
+
+
+def remaining_recompositions(layer, fusion_ratio):
+    """How many recompositions a layer's unused directions are good for."""
+    count = pairs_per_recomposition(layer.rank, fusion_ratio)
+    return -(-len(layer.adapter_state.unused) // count)
+
+
+def _recompose_layer(layer, scores, step, fusion_ratio, recipe):
+    state = layer.adapter_state
+    unused = state.unused
+    if len(unused) == 0:
+        return None
+    finite = all(np.isfinite(x).all() for x in layer.factors_to_numpy())
+    if not finite or not np.isfinite(scores).all():
+        _skip(layer, step, "its factors or its scores are not finite")
+        return None
+    if not scores.any():
+        _skip(
+            layer,
+            step,
+            "all its scores are zero: no gradient reached it since the last "
+            "recomposition",
+        )
+        return None
+    count = pairs_per_recomposition(layer.rank, fusion_ratio)
+    count = min(count, len(unused))
+    slots = recipe["selection"](Pairs(scores, state.slot_started), count)
+    values = state.directions.singular_values
+    directions = recipe["order"](values, unused, count)
+    drift = layer.fuse_and_restart(
+        slots, directions, scores[slots], recipe["scale"], step
+    )
+    return Recomposition(
+        step=step,
+        layer=layer.path,
+        slots=tuple(map(int, slots)),
+        scores=tuple(map(float, scores[slots])),
+        directions=tuple(map(int, directions)),
+        drift=drift,
+    )
+
+
+def _skip(layer, step, reason):
+    warnings.warn(
+        f"Layer {layer.path!r} was not recomposed at step {step}: {reason}. "
+        "Training goes on with its pairs as they are.",
+        stacklevel=2,
+    )
