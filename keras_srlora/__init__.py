@@ -8,12 +8,13 @@ from keras_srlora._layers import initialize_factors
 from keras_srlora._recipes import Recipe
 from keras_srlora.callback import RecompositionCallback
 from keras_srlora.convert import enable_srlora
+from keras_srlora.convert import load_plain_weights
 from keras_srlora.convert import merge_srlora
 from keras_srlora.dense import SRLoRADense
 from keras_srlora.einsum_dense import SRLoRAEinsumDense
 from keras_srlora.optimizer import SensitivityOptimizer
-from keras_srlora.recompose import Recomposition
-from keras_srlora.recompose import recompose
+from keras_srlora.recomposition import Recomposition
+from keras_srlora.recomposition import recompose
 from keras_srlora.sensitivity import Sensitivity
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "SensitivityOptimizer",
     "enable_srlora",
     "initialize_factors",
+    "load_plain_weights",
     "merge_srlora",
     "recompose",
 ]

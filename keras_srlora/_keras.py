@@ -4,6 +4,9 @@ Each function says what it needs and why no public way does it.
 `tests/test_keras_private.py` fails when Keras changes one of them.
 """
 
+import contextlib
+import re
+
 import keras
 
 
@@ -15,6 +18,35 @@ def flatten_layers(layer):
     `Layer._flatten_layers`.
     """
     return layer._flatten_layers(include_self=True, recursive=True)
+
+
+def unique_name(class_name):
+    """`"SRLoRADense"` → `"srlora_dense"`, `"srlora_dense_1"`, ...
+
+    As Keras names layers, from an acronym. `keras.backend.get_uid` is public;
+    it is here because its count starts at 1.
+    """
+    prefix = "srlora" + re.sub("([A-Z])", r"_\1", class_name[6:]).lower()
+    count = keras.backend.get_uid(prefix)
+    return prefix if count == 1 else f"{prefix}_{count - 1}"
+
+
+@contextlib.contextmanager
+def classes_named_as(names):
+    """For a moment, gives classes other names: `{class: name}`.
+
+    Keras names the groups of a weights file after the classes of the layers of
+    a functional or sequential model (`saving_lib._load_container_state`), and
+    has no way to say otherwise.
+    """
+    own = {cls: cls.__name__ for cls in names}
+    try:
+        for cls, name in names.items():
+            cls.__name__ = name
+        yield
+    finally:
+        for cls, name in own.items():
+            cls.__name__ = name
 
 
 class unlocked:

@@ -50,6 +50,9 @@ class SRLoRALayer:
                 f"`lora_rank`. Received: lora_rank={kwargs['lora_rank']}"
             )
         check_arguments(rank, target_rank, lora_alpha, start, decomposition)
+        if kwargs.get("name") is None:
+            # Keras would make "sr_lo_ra_dense" of the class's name.
+            kwargs["name"] = _keras.unique_name(type(self).__name__)
         super().__init__(*args, **kwargs)
         if self.kernel_constraint is not None:
             raise ValueError(
@@ -181,7 +184,7 @@ class SRLoRALayer:
     def _kernel_matrix(self):
         plan = self._plan()
         kernel = ops.convert_to_tensor(_keras.stored_kernel(self))
-        kernel = ops.transpose(kernel, plan.kernel_axes)
+        kernel = ops.transpose(ops.stop_gradient(kernel), plan.kernel_axes)
         return ops.reshape(kernel, (plan.in_features, plan.out_features))
 
     def _shape_as_kernel(self, matrix):
@@ -196,13 +199,16 @@ class SRLoRALayer:
             float32 tensor of the kernel's shape: frozen kernel plus scaled
             product of the factors.
         """
-        return self._shape_as_kernel(
-            effective_kernel(
-                self._kernel_matrix(),
-                self.lora_kernel_a,
-                self.lora_kernel_b,
-                self.scale,
-            )
+        return self._shape_as_kernel(self._effective_matrix())
+
+    def _effective_matrix(self):
+        a, b = self._factor_values()
+        return effective_kernel(self._kernel_matrix(), a, b, self.scale)
+
+    def _factor_values(self):
+        """The factors as tensors that no gradient flows through."""
+        return tuple(
+            ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.factors
         )
 
     # Initialisation and recomposition.
@@ -243,12 +249,7 @@ class SRLoRALayer:
                 that is not finite. Nothing is changed then.
         """
         self.check_initializable()
-        kernel = effective_kernel(
-            self._kernel_matrix(),
-            self.lora_kernel_a,
-            self.lora_kernel_b,
-            self.scale,
-        )
+        kernel = self._effective_matrix()
         directions = _decomposition.decompose(
             kernel, self.direction_count, self.decomposition
         )
@@ -325,8 +326,8 @@ class SRLoRALayer:
     def factors_to_numpy(self):
         """Both factors as float32 arrays, `(rank, in)` and `(rank, out)`."""
         return tuple(
-            np.array(ops.convert_to_numpy(ops.cast(v, "float32")))
-            for v in self.factors
+            np.array(ops.convert_to_numpy(ops.cast(value, "float32")))
+            for value in self._factor_values()
         )
 
     def _restart(self, slots, indices, scale):
@@ -342,8 +343,7 @@ class SRLoRALayer:
         fresh_b[slots] = scale_b[:, None] * found.right[indices]
         kernel, a, b, drift = recompose_pairs(
             self._kernel_matrix(),
-            ops.convert_to_tensor(self.lora_kernel_a),
-            ops.convert_to_tensor(self.lora_kernel_b),
+            *self._factor_values(),
             ops.convert_to_tensor(restarted),
             ops.convert_to_tensor(fresh_a),
             ops.convert_to_tensor(fresh_b),
@@ -424,7 +424,9 @@ class SRLoRALayer:
             raise ValueError(
                 f"Layer {self.path!r} cannot load these weights: expected "
                 f"{sorted(expected)} of a plain layer, or those with the "
-                f"factors {FACTORS}. Received: {sorted(keys)}"
+                f"factors {FACTORS}. A file of the plain model is read by "
+                "`keras_srlora.load_plain_weights(model, filepath)`. "
+                f"Received: {sorted(keys)}"
             )
         adapted = FACTORS[0] in keys
         for name in FACTORS if adapted else ():

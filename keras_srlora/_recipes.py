@@ -88,8 +88,8 @@ def keep_slots(kind, values):
 
 
 def evenly(total_steps, recompositions):
-    """`total_steps / N_switch`, rounded down (published: section 3)."""
-    return max(1, total_steps // max(1, recompositions))
+    """`total_steps / N_switch`, at least a step (published: section 3)."""
+    return max(1.0, total_steps / max(1, recompositions))
 
 
 SELECTIONS = {"least_important": least_important}
@@ -129,7 +129,7 @@ class Recipe:
     selection: str = "least_important"
     order: str = "largest_singular_value"
     scale: str = "sqrt_singular_value"
-    slots: str = "zero"
+    slots: str = "zero_first_moments"
     schedule: str = "evenly"
 
     def __post_init__(self):

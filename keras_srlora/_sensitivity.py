@@ -13,6 +13,7 @@ def sensitivity(weight, gradient):
 
     Shapes: `weight` and `gradient` are equal; so is the result.
     """
+    weight = ops.stop_gradient(ops.convert_to_tensor(weight))
     weight = ops.cast(weight, "float32")
     return ops.abs(ops.multiply(weight, ops.cast(gradient, "float32")))
 

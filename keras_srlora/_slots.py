@@ -87,7 +87,7 @@ def restart_slots(slots, factor, restarted, treatment):
     for kind, slot in slots:
         old = ops.convert_to_tensor(slot)
         if kind == WEIGHT_AVERAGE:
-            new = ops.cast(ops.convert_to_tensor(factor), slot.dtype)
+            new = ops.stop_gradient(ops.convert_to_tensor(factor))
         elif kind == GRADIENT_SUM:
             new = ops.zeros_like(old)
         else:

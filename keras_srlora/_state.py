@@ -21,13 +21,14 @@ class Schedule(NamedTuple):
     """When a run recomposes, in steps; saved so that a resumed run goes on.
 
     Attributes:
-        interval: steps between two recompositions; 0 before the first run.
+        interval: steps between two recompositions, not always whole; 0 before
+            the first run.
         origin: step from which the intervals are counted.
         epoch_steps: steps of an epoch; 0 while unknown.
         recomposed_at: step of the last recomposition, or the origin.
     """
 
-    interval: int = 0
+    interval: float = 0.0
     origin: int = 0
     epoch_steps: int = 0
     recomposed_at: int = 0
@@ -35,8 +36,11 @@ class Schedule(NamedTuple):
     def is_due(self, step):
         if not self.interval:
             return False
-        done = (self.recomposed_at - self.origin) // self.interval
-        return (step - self.origin) // self.interval > done
+        return self._count(step) > self._count(self.recomposed_at)
+
+    def _count(self, step):
+        # The margin: 3 · (10 / 3) may be a little below 10.
+        return int((step - self.origin) / self.interval + 1e-9)
 
 
 class Statistics(NamedTuple):
@@ -139,7 +143,8 @@ class AdapterState:
                 array = np.array(arrays[field.name])
                 setattr(state, field.name, array)
         state.used = state.used.astype("bool")
-        state.schedule = Schedule(*map(int, state.schedule))
+        interval, *steps = map(float, state.schedule)
+        state.schedule = Schedule(interval, *map(int, steps))
         if Statistics._fields[0] in arrays:
             state.statistics = Statistics(
                 *(np.array(arrays[name]) for name in Statistics._fields)

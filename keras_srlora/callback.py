@@ -11,8 +11,10 @@ from keras_srlora._layers import srlora_layers
 from keras_srlora._recipes import get_recipe
 from keras_srlora._state import Schedule
 from keras_srlora.optimizer import SensitivityOptimizer
-from keras_srlora.recompose import recompose
-from keras_srlora.recompose import remaining_recompositions
+from keras_srlora.optimizer import check_optimizer
+from keras_srlora.optimizer import check_trains
+from keras_srlora.recomposition import recompose
+from keras_srlora.recomposition import remaining_recompositions
 
 
 class RecompositionCallback(keras.callbacks.Callback):
@@ -116,6 +118,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._layers = srlora_layers(model)
         self._check(model)
         initialize_factors(model)
+        self._outer_optimizer, _ = _split_optimizer(model)
         self._optimizer = _wrap_optimizer(
             model, self._layers, self.beta1, self.beta2
         )
@@ -141,12 +144,17 @@ class RecompositionCallback(keras.callbacks.Callback):
                 )
             if layer.initialized:
                 layer.check_directions()
+        _, inner = _split_optimizer(model)
+        check_optimizer(inner)
+        if inner.built:
+            check_trains(inner, self._layers)
 
     def on_train_begin(self, logs=None):
         self.record = []
-        self._epoch_steps = self.params.get("steps")
+        self._epochs = (self.params or {}).get("epochs", 1)
+        self._epoch_steps = (self.params or {}).get("steps")
         self._step = None
-        self._said = set()
+        self._said_exhausted = False
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._step is None:
@@ -154,28 +162,38 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._begin_run(epoch)
         self._epoch_start = self._step
         self._events_before = len(self.record)
-        self._batches_before = self._batches_seen()
+        self._epoch_batches = 0
 
-    # At the begin of a batch, not at the end of the one before: Keras hands the
-    # logs of a finished batch to its callbacks in another thread, and with an
-    # overridden `on_train_batch_end` each step would wait for them.
+    # A recomposition comes at the begin of a batch. Keras calls
+    # `on_train_batch_end` in another thread, while the next step runs already;
+    # without `async_safe` it would wait for the result of each step instead.
+
+    async_safe = True
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._epoch_batches = batch + 1
 
     def on_train_batch_begin(self, batch, logs=None):
         if not _is_wrapped_by(self._model, self._optimizer):
+            received = self._model.optimizer
+            # On JAX the state of the run is about to be written back.
+            _put_in_place(self._model, self._outer_optimizer, self._optimizer)
             raise RuntimeError(
                 "The optimizer of the model was replaced during the run, so "
                 "that its pairs are no longer scored. Compile before `fit`, "
                 "not in a callback. "
-                f"Received: model.optimizer={self._model.optimizer!r}"
+                f"Received: model.optimizer={received!r}"
             )
         self._step = self._epoch_start + batch
-        if self._schedule.is_due(self._step):
+        total = self._epochs * (self._epoch_steps or 0)
+        # Keras begins a batch too many where a data set of unknown size ends.
+        if self._schedule.is_due(self._step) and self._step != total:
             self._recompose()
 
     def on_epoch_end(self, epoch, logs=None):
         learned = not self._epoch_steps
         if learned:
-            self._epoch_steps = self._batches_seen() - self._batches_before
+            self._epoch_steps = self._epoch_batches
         self._step = self._epoch_start + self._epoch_steps
         if learned and not self._schedule.interval:
             self._make_schedule()
@@ -199,11 +217,11 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._schedule = Schedule(origin=self._step, recomposed_at=self._step)
         if first_epoch > 0 and saved.interval:
             # The run that was interrupted goes on.
-            interval = self.interval or saved.interval
+            interval = float(self.interval or saved.interval)
             self._set_schedule(saved._replace(interval=interval))
         elif steps or self.interval:
             self._make_schedule()
-        elif self.params.get("epochs", 1) - first_epoch == 1:
+        elif self._epochs - first_epoch == 1:
             self._say(
                 "The data set does not say its size and this run has a single "
                 "epoch, so that the length of the run is unknown: nothing will "
@@ -214,11 +232,13 @@ class RecompositionCallback(keras.callbacks.Callback):
     def _make_schedule(self):
         """Spreads what is left to do over what is left of the run."""
         steps = self._epoch_steps or 0
-        left = self.params.get("epochs", 1) * steps - self._step
+        left = self._epochs * steps - self._step
         count = max(
             remaining_recompositions(layer, self.fusion_ratio)
             for layer in self._layers
         )
+        if count == 0:
+            self._say_exhausted(self._layers)
         interval = self.interval
         if interval is None:
             interval = self.recipe["schedule"](left, count)
@@ -232,7 +252,9 @@ class RecompositionCallback(keras.callbacks.Callback):
                 f"`interval={interval}` is not below the {left} steps of this "
                 "run: nothing will be recomposed."
             )
-        self._set_schedule(Schedule(interval, self._step, steps, self._step))
+        self._set_schedule(
+            Schedule(float(interval), self._step, steps, self._step)
+        )
 
     def _set_schedule(self, schedule):
         self._schedule = schedule
@@ -247,21 +269,15 @@ class RecompositionCallback(keras.callbacks.Callback):
         self.model  # noqa: B018
         inner = self._optimizer.unwrap()
         accumulation = inner.gradient_accumulation_steps or 1
-        if self._batches_seen() % accumulation:
+        if int(_keras.micro_batches_seen(inner)) % accumulation:
             return
         exhausted = [
-            layer.path
+            layer
             for layer in self._layers
             if not len(layer.adapter_state.unused)
         ]
         if exhausted:
-            self._say_once(
-                "exhausted",
-                f"{len(exhausted)} of {len(self._layers)} SRLoRA layers have "
-                f"used all their directions at step {self._step} and train on "
-                f"as plain LoRA: {exhausted[:3]}. A larger `target_rank` has "
-                "more directions.",
-            )
+            self._say_exhausted(exhausted)
         events = recompose(
             self._optimizer.sensitivity,
             self._optimizer,
@@ -274,13 +290,16 @@ class RecompositionCallback(keras.callbacks.Callback):
         if events and self.verbose:
             print(f"\n{describe(events, len(self._layers))}", flush=True)
 
-    def _batches_seen(self):
-        return int(_keras.micro_batches_seen(self._optimizer.unwrap()))
-
-    def _say_once(self, key, message):
-        if key not in self._said:
-            self._said.add(key)
-            self._say(message)
+    def _say_exhausted(self, layers):
+        if self._said_exhausted:
+            return
+        self._said_exhausted = True
+        self._say(
+            f"{len(layers)} of {len(self._layers)} SRLoRA layers have used all "
+            f"their directions at step {self._step} and train on as plain "
+            f"LoRA: {[layer.path for layer in layers[:3]]}. A larger "
+            "`target_rank` has more directions."
+        )
 
     def _say(self, message):
         warnings.warn(message, stacklevel=2)
@@ -303,18 +322,21 @@ def describe(events, layer_count):
 # that a step that overflows leaves no mark.
 
 
-def _wrap_optimizer(model, layers, beta1, beta2):
-    outer = model.optimizer
-    scaled = isinstance(outer, keras.optimizers.LossScaleOptimizer)
-    inner = outer.inner_optimizer if scaled else outer
+def _split_optimizer(model):
+    """Returns the `LossScaleOptimizer` or `None`, and the stock optimizer."""
+    outer, inner = None, model.optimizer
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        outer, inner = inner, inner.inner_optimizer
     if isinstance(inner, SensitivityOptimizer):
         # Of a run that was interrupted, or put there by hand.
         inner = inner.unwrap()
+    return outer, inner
+
+
+def _wrap_optimizer(model, layers, beta1, beta2):
+    outer, inner = _split_optimizer(model)
     wrapper = SensitivityOptimizer(inner, layers, beta1, beta2)
-    if scaled:
-        outer.inner_optimizer = wrapper
-    else:
-        model.optimizer = wrapper
+    _put_in_place(model, outer, wrapper)
     if not model.optimizer.built:
         # TensorFlow builds an optimizer in the first step.
         model.optimizer.build(model.trainable_variables)
@@ -323,12 +345,19 @@ def _wrap_optimizer(model, layers, beta1, beta2):
 
 def _unwrap_optimizer(model, wrapper):
     wrapper.sensitivity.detach()
-    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
-        model.optimizer.inner_optimizer = wrapper.unwrap()
+    outer, inner = _split_optimizer(model)
+    _put_in_place(model, outer, inner)
+
+
+def _put_in_place(model, outer, inner):
+    if outer is None:
+        model.optimizer = inner
     else:
-        model.optimizer = wrapper.unwrap()
+        outer.inner_optimizer = inner
+        model.optimizer = outer
 
 
 def _is_wrapped_by(model, wrapper):
+    # Every step: no more than two looks.
     optimizer = model.optimizer
     return getattr(optimizer, "inner_optimizer", optimizer) is wrapper

@@ -22,8 +22,11 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
 
     The kernel is decomposed **when training starts** (by the callback, or by
     `initialize_factors`), not when the layer is built: whatever weights the
-    layer has by then, from an initializer, `load_weights`, `set_weights` or
-    `assign`, are the pretrained ones. Until then `a` is random and `b` zero, as
+    layer has by then, from an initializer, `set_weights`, `assign`, or a file
+    (`load_plain_weights` for one of the plain model), are the pretrained ones.
+    Weights that come later are decomposed anew where they come as the plain
+    layer's; where a kernel is assigned directly, call `initialize_factors`
+    again: training refuses to start otherwise. Until then `a` is random and `b` zero, as
     in Keras's LoRA, so that the layer computes what its kernel says.
 
     Args:
@@ -63,7 +66,7 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
     inputs = keras.Input((64,))
     x = keras_srlora.SRLoRADense(256, rank=8, activation="gelu")(inputs)
     model = keras.Model(inputs, keras.layers.Dense(10)(x))
-    model.load_weights("pretrained.weights.h5")  # of the plain model
+    keras_srlora.load_plain_weights(model, "pretrained.weights.h5")
     model.compile("adamw", "mse")
     model.fit(x, y, callbacks=[keras_srlora.RecompositionCallback()])
     ```

@@ -42,6 +42,13 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, inner_optimizer, model, beta1=0.85, beta2=0.85):
         check_optimizer(inner_optimizer)
+        if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "A `LossScaleOptimizer` must be outside, so that a step that "
+                "overflows leaves no mark: `LossScaleOptimizer("
+                "SensitivityOptimizer(optimizer, model))`. "
+                f"Received: inner_optimizer={inner_optimizer.name!r}"
+            )
         layers = model if isinstance(model, list) else srlora_layers(model)
         super().__init__(learning_rate=0.0, name=inner_optimizer.name)
         # Not `inner_optimizer`: Keras would walk into the attribute when
@@ -57,18 +64,8 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
         self._adopt()
 
     def _adopt(self):
-        variables = _keras.optimizer_trainable_variables(self.unwrap())
-        known = {id(v) for v in variables}
-        for layer in self.sensitivity.layers:
-            if not all(id(factor) in known for factor in layer.factors):
-                raise ValueError(
-                    f"The optimizer {self.name!r} does not train the factors "
-                    f"of layer {layer.path!r}: it was built before the layer "
-                    "was converted, or the layer is frozen "
-                    f"(layer.trainable={layer.trainable}). Compile the model "
-                    "again, after setting `trainable`."
-                )
-        super().build(variables)
+        check_trains(self.unwrap(), self.sensitivity.layers)
+        super().build(_keras.optimizer_trainable_variables(self.unwrap()))
 
     @property
     def variables(self):
@@ -150,13 +147,6 @@ def check_optimizer(optimizer):
             "SRLoRA needs a `keras.optimizers.Optimizer`: compile the model "
             f"with one. Received: optimizer={optimizer!r}"
         )
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "A `LossScaleOptimizer` must be outside, so that a step that "
-            "overflows leaves no mark: "
-            "`LossScaleOptimizer(SensitivityOptimizer(optimizer, model))`. "
-            f"Received: inner_optimizer={optimizer.name!r}"
-        )
     if isinstance(optimizer, keras.optimizers.Ftrl):
         raise ValueError(
             "Ftrl keeps no weights: it computes them from its slots in each "
@@ -170,3 +160,16 @@ def check_optimizer(optimizer):
             "replicas of a `tf.distribute` strategy; the scores would be of "
             f"one replica alone. Received: a strategy with {replicas} replicas."
         )
+
+
+def check_trains(optimizer, layers):
+    """Raises where a built optimizer does not train the layers' factors."""
+    known = {id(v) for v in _keras.optimizer_trainable_variables(optimizer)}
+    for layer in layers:
+        if not all(id(factor) in known for factor in layer.factors):
+            raise ValueError(
+                f"The optimizer {optimizer.name!r} does not train the factors "
+                f"of layer {layer.path!r}: it was built before the layer was "
+                "converted or while it was frozen. Compile the model again. "
+                f"Received: layer.trainable={layer.trainable}"
+            )

