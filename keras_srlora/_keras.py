@@ -31,6 +31,14 @@ def unique_name(class_name):
     return prefix if count == 1 else f"{prefix}_{count - 1}"
 
 
+def own_variables(layer):
+    """The trainable variables of a layer itself, without its sublayers'.
+
+    Private: `Layer._trainable_variables`.
+    """
+    return layer._trainable_variables
+
+
 @contextlib.contextmanager
 def classes_named_as(names):
     """For a moment, gives classes other names: `{class: name}`.
@@ -159,6 +167,18 @@ def drop_compiled_functions(model):
     model.train_function = None
     model.test_function = None
     model.predict_function = None
+
+
+def refresh_torch_parameters(model):
+    """Makes `model.parameters()` list the variables that the layers have now.
+
+    On torch, Keras lists them once, when a layer is built. Private:
+    `TorchLayer._track_variables`.
+    """
+    if keras.backend.backend() != "torch":
+        return
+    for layer in flatten_layers(model):
+        layer._track_variables()
 
 
 def replica_count():

@@ -22,6 +22,14 @@ from keras_srlora._state import HISTORY
 from keras_srlora._state import AdapterState
 
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
+ARGUMENTS = (
+    "rank",
+    "target_rank",
+    "lora_alpha",
+    "start",
+    "decomposition",
+    "train_bias",
+)
 
 
 class SRLoRALayer:
@@ -42,6 +50,7 @@ class SRLoRALayer:
         lora_alpha=None,
         start="pissa",
         decomposition="auto",
+        train_bias=True,
         **kwargs,
     ):
         if kwargs.get("lora_rank") is not None:
@@ -61,16 +70,19 @@ class SRLoRALayer:
                 f"Received: kernel_constraint={self.kernel_constraint} in "
                 f"layer {self.name!r}."
             )
-        self._set_arguments(rank, target_rank, lora_alpha, start, decomposition)
+        self._set_arguments(
+            rank, target_rank, lora_alpha, start, decomposition, train_bias
+        )
 
     def _set_arguments(
-        self, rank, target_rank, lora_alpha, start, decomposition
+        self, rank, target_rank, lora_alpha, start, decomposition, train_bias
     ):
         self.rank = rank
         self.target_rank = target_rank
         self.lora_alpha = lora_alpha
         self.start = start
         self.decomposition = decomposition
+        self.train_bias = train_bias
         self._adapter = AdapterState()
 
     # Building and converting.
@@ -89,6 +101,8 @@ class SRLoRALayer:
         _keras.set_variable_trainable(
             self, _keras.stored_kernel(self), trainable=False
         )
+        if self.bias is not None and not self.train_bias:
+            _keras.set_variable_trainable(self, self.bias, trainable=False)
         with _keras.unlocked(self):
             self.lora_kernel_a = self.add_weight(
                 name="lora_kernel_a",
@@ -108,6 +122,16 @@ class SRLoRALayer:
         # (in, rank); stored transposed, its limit is given by hand.
         limit = (6.0 / self._plan().in_features) ** 0.5
         return keras.initializers.RandomUniform(-limit, limit)
+
+    def _remove_factors(self):
+        """The inverse of `_set_arguments` and `_add_factors`, for merging."""
+        for name in FACTORS:
+            _keras.remove_variable(self, getattr(self, name))
+        for name in (*FACTORS, *ARGUMENTS, "_adapter"):
+            delattr(self, name)
+        self.lora_alpha = None  # Keras's own attribute
+        for variable in self._plain_variables():
+            _keras.set_variable_trainable(self, variable, trainable=True)
 
     def enable_lora(self, *args, **kwargs):
         """Not available: the layer has its own factors."""
@@ -362,13 +386,7 @@ class SRLoRALayer:
     def get_config(self):
         config = super().get_config()
         config.pop("lora_rank", None)
-        config.update(
-            rank=self.rank,
-            target_rank=self.target_rank,
-            lora_alpha=self.lora_alpha,
-            start=self.start,
-            decomposition=self.decomposition,
-        )
+        config.update({name: getattr(self, name) for name in ARGUMENTS})
         return config
 
     def set_weights(self, weights):

@@ -1,5 +1,6 @@
 """`enable_srlora` and `merge_srlora`: plain layers to SRLoRA's and back."""
 
+import difflib
 import re
 import warnings
 
@@ -10,7 +11,6 @@ from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
 from keras_srlora._checks import check_rank
-from keras_srlora._layer import FACTORS
 from keras_srlora._layers import srlora_layers
 from keras_srlora.dense import SRLoRADense
 from keras_srlora.einsum_dense import SRLoRAEinsumDense
@@ -74,13 +74,22 @@ def enable_srlora(
     """
     check_arguments(rank, target_rank, lora_alpha, start, decomposition)
     layers = _find_targets(model, target_layer_names)
-    arguments = (rank, target_rank, lora_alpha, start, decomposition)
+    train_bias = False
+    arguments = (
+        rank,
+        target_rank,
+        lora_alpha,
+        start,
+        decomposition,
+        train_bias,
+    )
     for layer in layers:
         _check_convertible(layer, rank)
     _warn_of_outer_model(model)
     _freeze_base(model, layers)
     for layer in layers:
         _convert(layer, arguments)
+    _keras.refresh_torch_parameters(model)
     _keras.drop_compiled_functions(model)
     return layers
 
@@ -89,8 +98,10 @@ def merge_srlora(model):
     """Turns every SRLoRA layer back into a plain one, in place.
 
     The kernel becomes the effective kernel, so that the outputs stay; factors,
-    directions and record are dropped, and the kernels are trainable again.
-    Compile the model again before training it on.
+    directions and record are dropped. Kernel and bias of these layers are
+    trainable again; what else `enable_srlora` froze stays so until
+    `model.trainable = True`. A compiled model gets its optimizer anew, at step
+    0 and without moments.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -115,17 +126,21 @@ def merge_srlora(model):
     for layer in layers:
         kernel = _keras.stored_kernel(layer)
         kernel.assign(ops.cast(layer.effective_kernel(), kernel.dtype))
-        for name in FACTORS:
-            _keras.remove_variable(layer, getattr(layer, name))
-            delattr(layer, name)
-        for name in ("rank", "target_rank", "start", "decomposition"):
-            delattr(layer, name)
-        del layer._adapter
-        layer.lora_alpha = None
-        _keras.set_variable_trainable(layer, kernel, trainable=True)
+        layer._remove_factors()
         layer.__class__ = PLAIN[type(layer)]
+    _keras.refresh_torch_parameters(model)
     _keras.drop_compiled_functions(model)
+    _renew_optimizer(model)
     return layers
+
+
+def _renew_optimizer(model):
+    """The old one has slots of variables that are gone, and would save them."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        config = keras.saving.serialize_keras_object(optimizer)
+        model.optimizer = keras.saving.deserialize_keras_object(config)
+        model.optimizer.build(model.trainable_variables)
 
 
 def load_plain_weights(model, filepath):
@@ -222,15 +237,21 @@ def _named_targets(model, everything, names):
             if name == layer.name or re.fullmatch(name, layer.path or "")
         ]
         if not matched:
-            paths = sorted(x.path for x in everything if type(x) in ADAPTED)
-            raise ValueError(
-                f"`target_layer_names` matches nothing in model "
-                f"{model.name!r}. Received: {name!r}. There are "
-                f"{len(paths)} layers that could be converted, such as "
-                f"{paths[:3]}."
-            )
-        targets.update((id(layer), layer) for layer in matched)
+            _refuse_name(model, everything, name)
+        # An expression may match norms on its way; a name alone may not.
+        projections = [x for x in matched if isinstance(x, tuple(ADAPTED))]
+        targets.update((id(x), x) for x in projections or matched)
     return list(targets.values())
+
+
+def _refuse_name(model, everything, name):
+    known = {x.name: x.path for x in everything if type(x) in ADAPTED}
+    near = difflib.get_close_matches(name, known) or sorted(known)
+    raise ValueError(
+        f"`target_layer_names` matches nothing in model {model.name!r}. There "
+        f"are layers of {len(known)} names that could be converted, such as "
+        f"{[(x, known[x]) for x in near[:3]]} (name, path). Received: {name!r}"
+    )
 
 
 # Checks, all of them before the first change.
@@ -296,15 +317,20 @@ def _warn_of_outer_model(model):
 
 
 def _freeze_base(model, targets):
-    """Freezes the pretrained part: every variable that is there by now.
+    """Freezes the pretrained part, all but the targets.
 
-    Flags alone, so that `model.trainable = True` brings back everything but
-    the kernels, which `_convert` moves out of its reach.
+    `model.trainable = True` brings it back, but for what `_convert` moves out
+    of its reach.
     """
+    targets = {id(layer) for layer in targets}
     for part in _base_parts(model, targets):
-        for variable in part.variables:
-            if variable.trainable:
-                variable.trainable = False
+        for layer in _keras.flatten_layers(part):
+            if not _inside(layer) & targets:
+                layer.trainable = False
+            elif id(layer) not in targets:
+                # Weights of its own, beside the layers that are converted.
+                for variable in _keras.own_variables(layer):
+                    variable.trainable = False
 
 
 def _base_parts(model, targets):
@@ -313,26 +339,18 @@ def _base_parts(model, targets):
         return [base]
     if _is_backbone(model):
         return [model]
-    nested = [
-        layer
-        for layer in model.layers
-        if isinstance(layer, keras.Model) and _contains_any(layer, targets)
-    ]
-    if all(
-        any(_contains_any(part, [layer]) for part in nested)
-        for layer in targets
-    ):
-        return nested
+    holding = [layer for layer in model.layers if _inside(layer) & targets]
+    if all(isinstance(layer, keras.Model) for layer in holding):
+        return holding
     head = {id(layer) for layer in _keras.output_layers(model)}
     if not head:
         # A subclassed model does not say which of its layers are its head.
-        return nested + targets
+        return holding
     return [layer for layer in model.layers if id(layer) not in head]
 
 
-def _contains_any(part, layers):
-    inside = {id(layer) for layer in _keras.flatten_layers(part)}
-    return any(id(layer) in inside for layer in layers)
+def _inside(layer):
+    return {id(x) for x in _keras.flatten_layers(layer)}
 
 
 def _is_backbone(model):

@@ -48,6 +48,8 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
             directions unused). Defaults to `"pissa"`.
         decomposition: `"exact"`, `"randomized"` or `"auto"` (by size).
             Defaults to `"auto"`.
+        train_bias: Bool. Whether the bias is trained. Defaults to `True`;
+            `enable_srlora` freezes it.
 
     Input shape:
         N-D tensor with shape `(batch_size, ..., in)`.

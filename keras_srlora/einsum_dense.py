@@ -29,6 +29,7 @@ class SRLoRAEinsumDense(SRLoRALayer, keras.layers.EinsumDense):
         start: `"pissa"` or `"lora"`. Defaults to `"pissa"`.
         decomposition: `"exact"`, `"randomized"` or `"auto"`. Defaults to
             `"auto"`.
+        train_bias: Bool. Whether the bias is trained. Defaults to `True`.
 
     `SRLoRADense` says more about each of them and when the kernel is
     decomposed.
