@@ -11,7 +11,9 @@ STARTS = ("pissa", "lora")
 def check_arguments(rank, target_rank, lora_alpha, start, decomposition):
     """Raises `ValueError` for arguments that no kernel could satisfy."""
     if not _is_integer(rank) or rank <= 0:
-        raise ValueError(f"`rank` must be a positive integer. Received: {rank=}")
+        raise ValueError(
+            f"`rank` must be a positive integer. Received: {rank=}"
+        )
     if target_rank is not None and (
         not _is_integer(target_rank) or target_rank < rank
     ):

@@ -56,7 +56,7 @@ def dense(input_ndim, in_features, out_features):
     return analyze(equation, input_ndim, (in_features, out_features))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def analyze(equation, input_ndim, kernel_shape):
     """Reads an `EinsumDense` equation as a product of matrices.
 

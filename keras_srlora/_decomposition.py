@@ -34,7 +34,8 @@ class Directions(NamedTuple):
     @property
     def tolerance(self):
         """Singular values at or below it are rounding errors, as in NumPy's
-        `matrix_rank`: the largest one times the larger side times epsilon."""
+        `matrix_rank`: the largest one times the larger side times epsilon.
+        """
         side = max(self.left.shape[1], self.right.shape[1])
         return self.singular_values[0] * side * np.finfo("float32").eps
 

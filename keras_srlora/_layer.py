@@ -12,11 +12,11 @@ from keras_srlora import _contraction
 from keras_srlora import _decomposition
 from keras_srlora import _keras
 from keras_srlora import _recipes
-from keras_srlora._recomposition import effective_kernel
-from keras_srlora._recomposition import recompose_pairs
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
 from keras_srlora._checks import check_rank
+from keras_srlora._recomposition import effective_kernel
+from keras_srlora._recomposition import recompose_pairs
 from keras_srlora._slots import row_mask
 from keras_srlora._state import HISTORY
 from keras_srlora._state import AdapterState
@@ -240,7 +240,8 @@ class SRLoRALayer:
     @property
     def direction_count(self):
         """How many singular directions a run may visit: `target_rank` (8 ·
-        rank by default), capped by the smaller side of the kernel."""
+        rank by default), capped by the smaller side of the kernel.
+        """
         plan = self._plan()
         wanted = self.target_rank or 8 * self.rank
         return min(wanted, plan.in_features, plan.out_features)

@@ -46,8 +46,10 @@ def pair_importance(average_a, uncertainty_a, average_b, uncertainty_b):
     """Importance of each pair: mean of `Ī·Ū` over `a` plus that over `b`.
 
     Args:
-        average_a, uncertainty_a: tensors of shape `(rank, in)`.
-        average_b, uncertainty_b: tensors of shape `(rank, out)`.
+        average_a: tensor of shape `(rank, in)`.
+        uncertainty_a: tensor of shape `(rank, in)`.
+        average_b: tensor of shape `(rank, out)`.
+        uncertainty_b: tensor of shape `(rank, out)`.
 
     Returns:
         Tensor of shape `(rank,)`.

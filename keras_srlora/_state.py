@@ -135,7 +135,9 @@ class AdapterState:
         if "left" not in arrays:
             return cls()
         state = cls.start(
-            Directions(*(np.array(arrays[name]) for name in Directions._fields)),
+            Directions(
+                *(np.array(arrays[name]) for name in Directions._fields)
+            ),
             rank=len(arrays["slot_direction"]),
         )
         for field in dataclasses.fields(cls):

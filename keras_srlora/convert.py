@@ -190,12 +190,13 @@ def _find_targets(model, names):
         targets = _default_targets(model, everything)
         if not targets:
             _refuse_converted(everything)
+            classes = sorted({type(layer).__name__ for layer in everything})
             raise ValueError(
                 f"Model {model.name!r} has no `Dense` or `EinsumDense` layer "
                 "to convert: there is none inside of a composite layer and "
                 "none but those that make its outputs. Name the layers to "
-                "convert in `target_layer_names`. Received: "
-                f"layers of classes {sorted({type(x).__name__ for x in everything})}"
+                "convert in `target_layer_names`. Received: layers of the "
+                f"classes {classes}"
             )
     else:
         targets = _named_targets(model, everything, names)

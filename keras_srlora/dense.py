@@ -12,7 +12,8 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
     """A `keras.layers.Dense` whose kernel is frozen and adapted by SRLoRA.
 
     ```
-    y = activation(x @ kernel + s · (x @ aᵀ) @ b + bias),   s = lora_alpha / rank
+    y = activation(x @ kernel + s · (x @ aᵀ) @ b + bias)
+    s = lora_alpha / rank
     ```
 
     `rank` pairs (a row of `a` with a row of `b`) are trained; a
@@ -24,9 +25,10 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
     `initialize_factors`), not when the layer is built: whatever weights the
     layer has by then, from an initializer, `set_weights`, `assign`, or a file
     (`load_plain_weights` for one of the plain model), are the pretrained ones.
-    Weights that come later are decomposed anew where they come as the plain
-    layer's; where a kernel is assigned directly, call `initialize_factors`
-    again: training refuses to start otherwise. Until then `a` is random and `b` zero, as
+    Weights that come later as the plain layer's, from a file or through
+    `layer.set_weights`, are decomposed anew. Where a kernel was assigned
+    directly, training refuses to start until `layer.initialize_factors()` was
+    called again. Before the first decomposition `a` is random and `b` zero, as
     in Keras's LoRA, so that the layer computes what its kernel says.
 
     Args:

@@ -35,7 +35,8 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
     Example:
 
     ```python
-    optimizer = keras_srlora.SensitivityOptimizer(keras.optimizers.Adam(), model)
+    adam = keras.optimizers.Adam()
+    optimizer = keras_srlora.SensitivityOptimizer(adam, model)
     optimizer.apply(gradients, model.trainable_variables)
     ```
     """

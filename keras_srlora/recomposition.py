@@ -69,7 +69,8 @@ def recompose(
     Example:
 
     ```python
-    optimizer = keras_srlora.SensitivityOptimizer(keras.optimizers.Adam(), model)
+    adam = keras.optimizers.Adam()
+    optimizer = keras_srlora.SensitivityOptimizer(adam, model)
     ...
     if step % 100 == 0:
         keras_srlora.recompose(optimizer.sensitivity, optimizer, step)

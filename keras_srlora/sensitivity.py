@@ -4,7 +4,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_srlora import _keras
 from keras_srlora._checks import check_fraction
 from keras_srlora._sensitivity import pair_importance
 from keras_srlora._sensitivity import sensitivity
@@ -146,7 +145,10 @@ def _make_variables(layer):
     def make(factor, name):
         value = getattr(held, name, np.zeros(factor.shape, "float32"))
         return keras.Variable(
-            value, dtype="float32", trainable=False, name=f"{factor.name}_{name[:-2]}"
+            value,
+            dtype="float32",
+            trainable=False,
+            name=f"{factor.name}_{name[:-2]}",
         )
 
     a, b = layer.factors

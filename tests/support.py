@@ -72,6 +72,4 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         self.model  # noqa: B018 - on JAX this brings the variables up to date
-        self.weights.append(
-            {v.name: to_numpy(v) for v in self.layer.variables}
-        )
+        self.weights.append({v.name: to_numpy(v) for v in self.layer.variables})

@@ -527,7 +527,7 @@ def test_an_unknown_choice_of_a_recipe_is_refused():
 
 
 def test_factors_that_are_not_finite_are_left_alone(rng):
-    model, data = compiled(rng), regression_data(rng)
+    model = compiled(rng)
     layer = model.get_layer("hidden")
     keras_srlora.initialize_factors(model)
     optimizer = keras_srlora.SensitivityOptimizer(model.optimizer, model)

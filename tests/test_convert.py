@@ -120,7 +120,9 @@ def test_merged_weights_load_into_the_stock_model(bert, tmp_path, rng):
     x = tokens(rng)
     layers = enable_srlora(bert, rank=2)
     for layer in layers:
-        layer.lora_kernel_b.assign(rng.standard_normal(layer.lora_kernel_b.shape))
+        layer.lora_kernel_b.assign(
+            rng.standard_normal(layer.lora_kernel_b.shape)
+        )
     expected = to_numpy(bert(x)["sequence_output"])
     merge_srlora(bert)
     path = str(tmp_path / "merged.weights.h5")

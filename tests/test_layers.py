@@ -84,7 +84,10 @@ def test_arguments_of_dense_keep_their_meaning(rng):
         bias_constraint="non_neg",
         activity_regularizer="l1",
     )
-    ours, plain = SRLoRADense(**arguments, rank=2), keras.layers.Dense(**arguments)
+    ours, plain = (
+        SRLoRADense(**arguments, rank=2),
+        keras.layers.Dense(**arguments),
+    )
     np.testing.assert_allclose(to_numpy(ours(x)), to_numpy(plain(x)), atol=1e-6)
     np.testing.assert_allclose(
         to_numpy(sum(ours.losses)), to_numpy(sum(plain.losses)), rtol=1e-6
@@ -97,9 +100,7 @@ def test_kernel_regularizer_acts_on_the_factors():
     layer.build((None, 8))
     a, b = layer.factors_to_numpy()
     expected = 0.01 * (np.sum(a**2) + np.sum(b**2))
-    np.testing.assert_allclose(
-        to_numpy(sum(layer.losses)), expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(to_numpy(sum(layer.losses)), expected, rtol=1e-5)
 
 
 def test_default_names_are_readable():
@@ -212,9 +213,7 @@ def by_assign(model, pretrained, folder):
 
 def by_model_set_weights(model, pretrained, folder):
     values = {v.path: to_numpy(v) for v in pretrained.weights}
-    model.set_weights(
-        [values.get(v.path, to_numpy(v)) for v in model.weights]
-    )
+    model.set_weights([values.get(v.path, to_numpy(v)) for v in model.weights])
 
 
 @pytest.mark.parametrize("already_initialized", [False, True])

@@ -41,7 +41,9 @@ def test_everything_public_is_documented():
     if not api.exists():
         pytest.skip("installed without the documentation")
     text = api.read_text()
-    missing = [n for n in keras_srlora.__all__ if f"keras_srlora.{n}" not in text]
+    missing = [
+        n for n in keras_srlora.__all__ if f"keras_srlora.{n}" not in text
+    ]
     assert not missing
 
 

@@ -68,13 +68,9 @@ def test_pure_function_equals_numpy(scale, rng):
 @pytest.mark.parametrize("decomposition", ["exact", "randomized"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_initialisation_preserves_the_function(
-    shape, kind, decomposition, rng
-):
+def test_initialisation_preserves_the_function(shape, kind, decomposition, rng):
     w = matrix(kind, *shape, rng)
-    layer = dense_layer(
-        w, rank=min(3, *shape), decomposition=decomposition
-    )
+    layer = dense_layer(w, rank=min(3, *shape), decomposition=decomposition)
     error = np.abs(effective(layer) - w).max()
     assert error <= 1e-5 * max(np.abs(w).max(), 1e-12)
 

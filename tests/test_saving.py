@@ -235,4 +235,6 @@ def test_a_merged_model_is_saved_read_and_trained_on(tmp_path, rng):
     )
     before = to_numpy(loaded.get_layer("hidden").kernel)
     loaded.fit(*data, verbose=0)
-    assert np.abs(to_numpy(loaded.get_layer("hidden").kernel) - before).max() > 0
+    assert (
+        np.abs(to_numpy(loaded.get_layer("hidden").kernel) - before).max() > 0
+    )

@@ -153,9 +153,7 @@ def test_wrapped_optimizer_trains_as_the_plain_one(rng):
 def test_accumulated_gradients_are_one_step(rng):
     steps = 2
     model, layer, x, y = linear_model(rng)
-    model.compile(
-        OPTIMIZERS["sgd"](gradient_accumulation_steps=steps), "mse"
-    )
+    model.compile(OPTIMIZERS["sgd"](gradient_accumulation_steps=steps), "mse")
     recorder = Recorder(layer)
     fit(model, x, y, recorder)
     pairs = []
