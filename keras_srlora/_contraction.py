@@ -5,7 +5,6 @@ is the matrix (contracted dimensions) × (dimensions of the kernel alone), after
 a permutation where its axes are stored in another order.
 """
 
-import functools
 import math
 import string
 from typing import NamedTuple
@@ -49,14 +48,19 @@ def is_identity(axes):
 
 
 def dense(input_ndim, in_features, out_features):
-    """The contraction of `keras.layers.Dense`."""
-    letters = string.ascii_lowercase[: input_ndim + 1]
-    batch, contracted, out = letters[:-2], letters[-2], letters[-1]
-    equation = f"{batch}{contracted},{contracted}{out}->{batch}{out}"
-    return analyze(equation, input_ndim, (in_features, out_features))
+    """The contraction of `keras.layers.Dense`: nothing is permuted."""
+    *batch, contracted, out = string.ascii_lowercase[: input_ndim + 1]
+    batch = "".join(batch)
+    return Contraction(
+        equation=f"{batch}{contracted},{contracted}{out}->{batch}{out}",
+        in_shape=(in_features,),
+        out_shape=(out_features,),
+        input_axes=tuple(range(input_ndim)),
+        kernel_axes=(0, 1),
+        output_axes=tuple(range(input_ndim)),
+    )
 
 
-@functools.cache
 def analyze(equation, input_ndim, kernel_shape):
     """Reads an `EinsumDense` equation as a product of matrices.
 
