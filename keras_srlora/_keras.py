@@ -181,13 +181,16 @@ def refresh_torch_parameters(model):
         layer._track_variables()
 
 
-def replica_count():
-    """Number of replicas of the current `tf.distribute` strategy; else 1.
+def replica_count(model=None):
+    """Number of replicas of a model's `tf.distribute` strategy; else 1.
 
-    Keras has no backend-agnostic question for it.
+    `fit` runs its callbacks outside of the strategy's scope, so the model is
+    asked: `Model.distribute_strategy`, which only TensorFlow's models have.
+    Without a model: the strategy in whose scope this is called.
     """
     if keras.backend.backend() != "tensorflow":
         return 1
     import tensorflow as tf
 
-    return tf.distribute.get_strategy().num_replicas_in_sync
+    strategy = tf.distribute.get_strategy()
+    return getattr(model, "distribute_strategy", strategy).num_replicas_in_sync

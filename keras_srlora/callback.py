@@ -145,7 +145,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             if layer.initialized:
                 layer.check_directions()
         _, inner = _split_optimizer(model)
-        check_optimizer(inner)
+        check_optimizer(inner, model)
         if inner.built:
             check_trains(inner, self._layers)
 

@@ -141,7 +141,7 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
         )
 
 
-def check_optimizer(optimizer):
+def check_optimizer(optimizer, model=None):
     """Raises where restarting a pair in this optimizer cannot be right."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
@@ -154,7 +154,7 @@ def check_optimizer(optimizer):
             "step, so a pair cannot be restarted. Use another optimizer. "
             f"Received: optimizer={optimizer.name!r}"
         )
-    replicas = _keras.replica_count()
+    replicas = _keras.replica_count(model)
     if replicas > 1:
         raise NotImplementedError(
             "SRLoRA does not yet reduce the gradients that it scores over the "

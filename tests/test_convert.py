@@ -153,6 +153,42 @@ def test_pretrained_weights_load_into_a_converted_bert(bert, tmp_path, rng):
     )
 
 
+def test_a_weights_file_of_a_converted_bert_trains_on(bert, tmp_path, rng):
+    """The same set-up, then `load_weights`: weights, directions, scores."""
+    x, y = tokens(rng), np.arange(4) % 3
+
+    def run(model):
+        callback = keras_srlora.RecompositionCallback(interval=2)
+        model.fit(
+            x,
+            y,
+            batch_size=1,
+            shuffle=False,
+            verbose=0,
+            callbacks=[callback],
+        )
+        return callback.to_dict()
+
+    models = []
+    for _ in range(2):
+        backbone = type(bert).from_config(bert.get_config())
+        enable_srlora(backbone, rank=2, target_layer_names=["query"])
+        model = classifier(backbone)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("adam", loss)
+        model.optimizer.build(model.trainable_variables)
+        models.append(model)
+    run(models[0])
+    path = str(tmp_path / "a.weights.h5")
+    models[0].save_weights(path)
+    models[1].load_weights(path)
+    records = [run(model) for model in models]
+    assert records[0]["record"] and records[0]["record"] == records[1]["record"]
+    for first, second in zip(*(model.variables for model in models)):
+        if "seed" not in first.path:
+            np.testing.assert_array_equal(to_numpy(first), to_numpy(second))
+
+
 def test_a_preset_folder_is_read_and_converted(bert, tmp_path, rng):
     folder = str(tmp_path / "preset")
     bert.save_to_preset(folder)
