@@ -59,6 +59,11 @@ def tests(session):
                 "python",
                 "-m",
                 "pytest",
+                # One process a core; a file's tests share what they set up.
+                "-n",
+                "auto",
+                "--dist",
+                "loadfile",
                 *session.posargs,
                 env=environment(backend),
             )
