@@ -129,8 +129,8 @@ def minilm():
 # SRLoRA    .7955   .7995   .5135
 # Keras LoRA        .7985   .8015   .4865
 #
-# At .5 a method has diverged. On torch SRLoRA's 3e-4 gives .7785 and 1e-3 .7555:
-# the lower of two rates that are level on TensorFlow is the default.
+# At .5 a method has diverged. On torch SRLoRA's 3e-4 gives .7785 and 1e-3
+# .7555: the lower of two rates that are level on TensorFlow is the default.
 
 
 def parse_arguments():
