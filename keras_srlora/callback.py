@@ -162,7 +162,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._begin_run(epoch)
         self._epoch_start = self._step
         self._events_before = len(self.record)
-        self._epoch_batches = 0
+        self._batches_ended = []
 
     # A recomposition comes at the begin of a batch. Keras calls
     # `on_train_batch_end` in another thread, while the next step runs already;
@@ -171,7 +171,8 @@ class RecompositionCallback(keras.callbacks.Callback):
     async_safe = True
 
     def on_train_batch_end(self, batch, logs=None):
-        self._epoch_batches = batch + 1
+        # Calls may overtake each other; appending is safe from any thread.
+        self._batches_ended.append(batch)
 
     def on_train_batch_begin(self, batch, logs=None):
         if not _is_wrapped_by(self._model, self._optimizer):
@@ -193,7 +194,7 @@ class RecompositionCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         learned = not self._epoch_steps
         if learned:
-            self._epoch_steps = self._epoch_batches
+            self._epoch_steps = max(self._batches_ended) + 1
         self._step = self._epoch_start + self._epoch_steps
         if learned and not self._schedule.interval:
             self._make_schedule()
