@@ -36,7 +36,11 @@ def error_left(treatment, size, learning_rate, seed):
 
     keras.utils.set_random_seed(seed)
     layer = keras_srlora.SRLoRADense(
-        WIDTH, use_bias=False, rank=RANK, target_rank=WIDTH
+        WIDTH,
+        use_bias=False,
+        rank=RANK,
+        target_rank=WIDTH,
+        recipe=keras_srlora.Recipe(slots=treatment),
     )
     inputs = keras.Input((WIDTH,))
     model = keras.Model(inputs, layer(inputs))
@@ -44,7 +48,6 @@ def error_left(treatment, size, learning_rate, seed):
     model.compile(keras.optimizers.Adam(learning_rate), "mse")
     callback = keras_srlora.RecompositionCallback(
         interval=STEPS // 31 + 1,  # 30, and a stretch after the last
-        recipe=keras_srlora.Recipe(slots=treatment),
     )
     model.fit(
         x, y, batch_size=BATCH, epochs=10, verbose=0, callbacks=[callback]

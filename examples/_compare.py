@@ -79,6 +79,7 @@ def train_srlora(task, args):
         rank=args.rank,
         target_rank=args.target_rank,
         target_layer_names=task.target_layer_names,
+        recipe=args.recipe,
     )
     model = task.add_head(backbone)
     recomposition = keras_srlora.RecompositionCallback(verbose=1)
@@ -308,6 +309,7 @@ def make_parser(description, **defaults):
     add("--dataset", help="name of a tensorflow_datasets data set")
     add("--rank", type=int, help="pairs a kernel")
     add("--target-rank", type=int, help="directions that SRLoRA may visit")
+    add("--recipe", default="paper", help="of SRLoRA")
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--learning-rate", type=float, help="of SRLoRA")

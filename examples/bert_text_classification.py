@@ -56,7 +56,7 @@ def main():
     task = _compare.Task(
         title=f"{args.preset or 'MiniLM-L6'} on {info.full_name}",
         load_backbone=lambda: load_backbone(preset, args.num_layers),
-        add_head=lambda backbone: add_head(backbone, num_classes, args.seed),
+        add_head=lambda backbone: add_head(backbone, num_classes),
         target_layer_names=TARGETS,
         train=train,
         validation=validation,
@@ -70,7 +70,7 @@ def load_backbone(preset, num_layers=None):
     return keras_hub.models.BertBackbone.from_preset(preset, **changes)
 
 
-def add_head(backbone, num_classes, seed):
+def add_head(backbone, num_classes):
     """The mean over a text's tokens, then one dense layer."""
     x = keras.layers.GlobalAveragePooling1D()(
         backbone.output["sequence_output"],
@@ -78,8 +78,8 @@ def add_head(backbone, num_classes, seed):
     )
     logits = keras.layers.Dense(
         num_classes,
-        # The same head for both methods, whatever was drawn before.
-        kernel_initializer=keras.initializers.GlorotUniform(seed=seed),
+        # The same head for both methods and on each backend.
+        kernel_initializer="zeros",
         name="logits",
     )(x)
     return keras.Model(backbone.input, logits)
@@ -123,14 +123,14 @@ def minilm():
 
 
 # The learning rates are each method's best of half a decade apart: validation
-# accuracy of this script's run on TensorFlow, seed 0.
+# accuracy on TensorFlow after 225 steps, seed 0.
 #
 #            3e-4    1e-3    3e-3    1e-2
 # SRLoRA    .7955   .7995   .5135
 # Keras LoRA        .7985   .8015   .4865
 #
-# At .5 a method has diverged. On torch SRLoRA's 3e-4 gives .7785 and 1e-3
-# .7555: the lower of two rates that are level on TensorFlow is the default.
+# At .5 a method has diverged. On torch SRLoRA's 1e-3 was behind its 3e-4: the
+# lower of two rates that are level on TensorFlow is the default.
 
 
 def parse_arguments():
@@ -143,11 +143,11 @@ def parse_arguments():
         batch_size=16,
         learning_rate=3e-4,
         lora_learning_rate=3e-3,
-        train_examples=3_600,
+        train_examples=4_800,
         validation_examples=2_000,
         output="outputs/bert_text_classification",
     )
-    parser.add_argument("--sequence-length", type=int, default=40)
+    parser.add_argument("--sequence-length", type=int, default=32)
     parser.add_argument("--num-layers", type=int, help="only the first layers")
     return _compare.parse_arguments(
         parser,

@@ -5,10 +5,8 @@ from keras import ops
 
 from keras_srlora._decomposition import METHODS
 
-STARTS = ("pissa", "lora")
 
-
-def check_arguments(rank, target_rank, lora_alpha, start, decomposition):
+def check_arguments(rank, target_rank, lora_alpha, decomposition):
     """Raises `ValueError` for arguments that no kernel could satisfy."""
     if not _is_integer(rank) or rank <= 0:
         raise ValueError(
@@ -28,7 +26,6 @@ def check_arguments(rank, target_rank, lora_alpha, start, decomposition):
         raise ValueError(
             f"`lora_alpha` must be a positive number. Received: {lora_alpha=}"
         )
-    check_choice("start", start, STARTS)
     check_choice("decomposition", decomposition, METHODS)
 
 

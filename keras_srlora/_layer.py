@@ -11,10 +11,10 @@ from keras import ops
 from keras_srlora import _contraction
 from keras_srlora import _decomposition
 from keras_srlora import _keras
-from keras_srlora import _recipes
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
 from keras_srlora._checks import check_rank
+from keras_srlora._recipes import get_recipe
 from keras_srlora._recomposition import effective_kernel
 from keras_srlora._recomposition import recompose_pairs
 from keras_srlora._slots import row_mask
@@ -26,7 +26,7 @@ ARGUMENTS = (
     "rank",
     "target_rank",
     "lora_alpha",
-    "start",
+    "recipe",
     "decomposition",
     "train_bias",
 )
@@ -48,7 +48,7 @@ class SRLoRALayer:
         rank=8,
         target_rank=None,
         lora_alpha=None,
-        start="pissa",
+        recipe="paper",
         decomposition="auto",
         train_bias=True,
         **kwargs,
@@ -58,7 +58,8 @@ class SRLoRALayer:
                 f"`{type(self).__name__}` takes `rank`, not Keras's "
                 f"`lora_rank`. Received: lora_rank={kwargs['lora_rank']}"
             )
-        check_arguments(rank, target_rank, lora_alpha, start, decomposition)
+        check_arguments(rank, target_rank, lora_alpha, decomposition)
+        recipe = get_recipe(recipe)
         if kwargs.get("name") is None:
             # Keras would make "sr_lo_ra_dense" of the class's name.
             kwargs["name"] = _keras.unique_name(type(self).__name__)
@@ -71,16 +72,16 @@ class SRLoRALayer:
                 f"layer {self.name!r}."
             )
         self._set_arguments(
-            rank, target_rank, lora_alpha, start, decomposition, train_bias
+            rank, target_rank, lora_alpha, recipe, decomposition, train_bias
         )
 
     def _set_arguments(
-        self, rank, target_rank, lora_alpha, start, decomposition, train_bias
+        self, rank, target_rank, lora_alpha, recipe, decomposition, train_bias
     ):
         self.rank = rank
         self.target_rank = target_rank
         self.lora_alpha = lora_alpha
-        self.start = start
+        self.recipe = recipe
         self.decomposition = decomposition
         self.train_bias = train_bias
         self._adapter = AdapterState()
@@ -265,9 +266,10 @@ class SRLoRALayer:
     def initialize_factors(self):
         """Decomposes the kernel that the layer has now, and starts the pairs.
 
-        With `start="pissa"` the first `rank` directions go into the factors and
-        out of the kernel (arXiv 2404.02948); with `"lora"` the factors stay as
-        built (`a` random, `b` zero). The layer's function does not change.
+        Where the recipe starts as PiSSA does, the first `rank` directions go
+        into the factors and out of the kernel (arXiv 2404.02948); where it
+        starts as LoRA, the factors stay as built (`a` random, `b` zero). The
+        layer's function does not change.
 
         Raises:
             ValueError: if the layer is not built or its kernel has an entry
@@ -280,10 +282,10 @@ class SRLoRALayer:
         )
         fresh = AdapterState.start(directions, self.rank)
         self._adapter = fresh.with_statistics_of(self._adapter)
-        if self.start == "pissa":
-            slots = np.arange(self.rank)
-            scale = _recipes.SCALES["sqrt_singular_value"]
-            self._restart(slots, slots, scale)
+        scale = self.recipe["start"]
+        if scale is not None:
+            leading = np.arange(self.rank)
+            self._restart(leading, leading, scale)
 
     def check_directions(self):
         """Raises `ValueError` where the kernel is not the decomposed one.
@@ -324,7 +326,7 @@ class SRLoRALayer:
             slots: int array of shape `(n,)`.
             directions: int array of shape `(n,)`; indices of unused directions.
             scores: float array of shape `(n,)`; importance of the fused pairs.
-            scale: function of `_recipes.SCALES`.
+            scale: a scale function of `_recipes`.
             step: int. For the record.
 
         Returns:
@@ -388,6 +390,8 @@ class SRLoRALayer:
         config = super().get_config()
         config.pop("lora_rank", None)
         config.update({name: getattr(self, name) for name in ARGUMENTS})
+        # Its choices, not its name: what a name stands for may change.
+        config["recipe"] = self.recipe.to_dict()
         return config
 
     def set_weights(self, weights):

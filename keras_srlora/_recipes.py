@@ -1,9 +1,9 @@
 """The choices that make a recipe, each a small pure function chosen by name.
 
-The mechanism (score, fuse, restart) is the same for all; a recipe says which
-pairs are fused, which directions come next and at what scale, what happens to
-the optimizer's slots, and when. Another choice is another function in one of
-the tables below.
+The mechanism (score, fuse, restart) is the same for all; a recipe says how the
+first pairs start, which pairs are fused, which directions come next and at
+what scale, what happens to the optimizer's slots, and when. Another choice is
+another function in one of the tables below.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora._checks import check_choice
+from keras_srlora._checks import check_fraction
 
 
 class Pairs(NamedTuple):
@@ -35,6 +36,16 @@ def least_important(pairs, count):
     return np.sort(np.argsort(pairs.scores, kind="stable")[:count])
 
 
+def oldest(pairs, count):
+    """The slots whose pairs started first; of equals, the least important.
+
+    A pair that restarted a moment ago has learnt nothing yet, and so has a low
+    importance: fusing the least important of all restarts the same slots again
+    and again.
+    """
+    return np.sort(np.lexsort((pairs.scores, pairs.started))[:count])
+
+
 # Which directions come next: (singular_values, unused, count) -> `count`
 # indices out of `unused`, the indices that no pair started along yet.
 
@@ -45,6 +56,11 @@ def largest_singular_value(singular_values, unused, count):
     return unused[order[:count]]
 
 
+def random_direction(singular_values, unused, count):
+    """Unused directions in an order that the number of them decides."""
+    return np.random.default_rng(len(unused)).permutation(unused)[:count]
+
+
 # At what scale a pair starts: (singular_values, tolerance, scale) ->
 # (scale_a, scale_b), so that `a = scale_a · u` and `b = scale_b · v`.
 
@@ -53,11 +69,32 @@ def sqrt_singular_value(singular_values, tolerance, scale):
     """`√S / √s` on both sides (published; PiSSA, arXiv 2404.02948, eq. 2-3).
 
     A direction of singular value zero would start with both factors zero and
-    never learn: it starts as a LoRA pair does, `a = u` and `b = 0`.
+    never learn: it starts as a LoRA pair does.
     """
     root = np.sqrt(singular_values / scale)
     null = singular_values <= tolerance
-    return np.where(null, 1.0, root), np.where(null, 0.0, root)
+    return np.where(null, A_LENGTH, root), np.where(null, 0.0, root)
+
+
+def as_lora(singular_values, tolerance, scale):
+    """`a` along the direction, as long as LoRA's random `a`, and `b` zero.
+
+    Nothing has to be subtracted from the kernel, and a new pair learns at the
+    learning rate that the first ones learnt at.
+    """
+    ones = np.ones_like(singular_values)
+    return A_LENGTH * ones, 0.0 * ones
+
+
+# Expected length of a row of `a` in LoRA's start: `in` numbers, uniform within
+# ±√(6 / in).
+A_LENGTH = 2.0**0.5
+
+# How the first pairs start: along the leading directions at one of the scales
+# above, or, where it is `None`, as built: `a` random, `b` zero, all directions
+# unused.
+
+STARTS = {"pissa": sqrt_singular_value, "lora": None}
 
 
 # What happens to the optimizer's slots of a restarted pair:
@@ -74,7 +111,8 @@ def zero_first_moments(kind, values):
 
     The first belong to the fused pair's descent direction. The second only
     scale the step, and Adam's bias correction, long gone by then, would make
-    the steps after zeroing them too large.
+    the steps after zeroing them too large for a pair that starts with `b` as
+    large as `a`.
     """
     return ops.zeros_like(values) if kind == "first_moment" else values
 
@@ -92,73 +130,112 @@ def evenly(total_steps, recompositions):
     return max(1.0, total_steps / max(1, recompositions))
 
 
-SELECTIONS = {"least_important": least_important}
-ORDERS = {"largest_singular_value": largest_singular_value}
-SCALES = {"sqrt_singular_value": sqrt_singular_value}
-SLOTS = {
-    "zero": zero_slots,
-    "zero_first_moments": zero_first_moments,
-    "keep": keep_slots,
+TABLES = {
+    "start": STARTS,
+    "selection": {"least_important": least_important, "oldest": oldest},
+    "order": {
+        "largest_singular_value": largest_singular_value,
+        "random": random_direction,
+    },
+    "scale": {
+        "sqrt_singular_value": sqrt_singular_value,
+        "as_lora": as_lora,
+    },
+    "slots": {
+        "zero": zero_slots,
+        "zero_first_moments": zero_first_moments,
+        "keep": keep_slots,
+    },
+    "schedule": {"evenly": evenly},
 }
-SCHEDULES = {"evenly": evenly}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The choices of a run, by name.
+    """The choices of a run: the functions by name, and three numbers.
 
     Args:
-        selection: which pairs are fused. `"least_important"`.
-        order: which directions come next. `"largest_singular_value"`.
-        scale: at what scale a pair starts. `"sqrt_singular_value"`.
+        start: how the first pairs start. `"pissa"` (along the leading singular
+            directions, which go out of the kernel) or `"lora"` (`a` random,
+            `b` zero).
+        selection: which pairs are fused. `"least_important"` or `"oldest"` (of
+            equals, the least important).
+        order: which directions come next. `"largest_singular_value"` or
+            `"random"`.
+        scale: at what scale a pair restarts. `"sqrt_singular_value"` or
+            `"as_lora"` (`b` zero).
         slots: what happens to the optimizer's slots of a restarted pair.
-            `"zero"`, `"zero_first_moments"` or `"keep"`.
-        schedule: when. `"evenly"`.
+            `"zero_first_moments"`, `"zero"` or `"keep"`.
+        schedule: when. `"evenly"` over the run.
+        fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
+            recomposition fuses, at least one pair.
+        steps_per_pair: int. Least number of steps that a pair is trained
+            before its slot restarts: a run that is short for its directions
+            recomposes less often, and does not visit all of them.
+        stop: float in (0, 1]. Part of the run after which nothing is
+            recomposed, so that the last pairs have their time.
 
-    The defaults are the published recipe (SRLoRA, arXiv 2505.12433), which
-    leaves `slots` open.
+    The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
+    2505.12433, section 3), which leaves `slots` open.
+    `recipe="lora_restarts"` starts each pair, the first ones too, as LoRA does.
 
     Example:
 
     ```python
-    recipe = keras_srlora.Recipe(slots="keep")
-    callback = keras_srlora.RecompositionCallback(recipe=recipe)
+    recipe = keras_srlora.Recipe(order="random")
+    keras_srlora.enable_srlora(model, rank=8, recipe=recipe)
     ```
     """
 
+    start: str = "pissa"
     selection: str = "least_important"
     order: str = "largest_singular_value"
     scale: str = "sqrt_singular_value"
     slots: str = "zero_first_moments"
     schedule: str = "evenly"
+    fusion_ratio: float = 0.5
+    steps_per_pair: int = 1
+    stop: float = 1.0
 
     def __post_init__(self):
-        for field, table in _TABLES.items():
+        for field, table in TABLES.items():
             check_choice(field, getattr(self, field), table)
+        check_fraction("fusion_ratio", self.fusion_ratio, True, False)
+        check_fraction("stop", self.stop, True, False)
+        steps = self.steps_per_pair
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(
+                "`steps_per_pair` must be a positive number of steps. "
+                f"Received: steps_per_pair={steps!r}"
+            )
 
     def to_dict(self):
-        """As plain Python, for JSON."""
+        """As plain Python, for JSON and a layer's config."""
         return dataclasses.asdict(self)
 
     def __getitem__(self, field):
         """The function behind a choice."""
-        return _TABLES[field][getattr(self, field)]
+        return TABLES[field][getattr(self, field)]
 
 
-_TABLES = {
-    "selection": SELECTIONS,
-    "order": ORDERS,
-    "scale": SCALES,
-    "slots": SLOTS,
-    "schedule": SCHEDULES,
+RECIPES = {
+    "paper": Recipe(),
+    "lora_restarts": Recipe(
+        start="lora",
+        selection="oldest",
+        scale="as_lora",
+        slots="zero",
+        steps_per_pair=100,
+        stop=0.5,
+    ),
 }
-
-RECIPES = {"paper": Recipe()}
 
 
 def get_recipe(identifier):
-    """Returns a `Recipe`, from one or from its name."""
+    """Returns a `Recipe`, from one, its name, or its `to_dict()`."""
     if isinstance(identifier, Recipe):
         return identifier
+    if isinstance(identifier, dict):
+        return Recipe(**identifier)
     check_choice("recipe", identifier, RECIPES)
     return RECIPES[identifier]

@@ -1,5 +1,6 @@
 """`RecompositionCallback`."""
 
+import dataclasses
 import warnings
 
 import keras
@@ -13,6 +14,7 @@ from keras_srlora._state import Schedule
 from keras_srlora.optimizer import SensitivityOptimizer
 from keras_srlora.optimizer import check_optimizer
 from keras_srlora.optimizer import check_trains
+from keras_srlora.recomposition import pairs_per_recomposition
 from keras_srlora.recomposition import recompose
 from keras_srlora.recomposition import remaining_recompositions
 
@@ -20,10 +22,11 @@ from keras_srlora.recomposition import remaining_recompositions
 class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
-    Without arguments it does what the paper does: recompositions are spread
-    evenly over the run, so that each layer visits `target_rank` directions.
-    The length of the run is `epochs` times the steps of an epoch; where the
-    data set does not say its size, it is known after the first epoch.
+    Without arguments it follows the recipe of the layers: recompositions are
+    spread evenly over the run, so that each layer visits `target_rank`
+    directions if the run is long enough for it. The length of the run is
+    `epochs` times the steps of an epoch; where the data set does not say its
+    size, it is known after the first epoch.
 
     During `fit` the optimizer is wrapped in a `SensitivityOptimizer`; after it
     the model has its own optimizer back. A step is a batch of `fit`; with
@@ -37,11 +40,13 @@ class RecompositionCallback(keras.callbacks.Callback):
             `None`: `total_steps / N`, where `N` recompositions use up the
             directions of the layer that has the most left.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
-            recomposition fuses, at least one pair. Defaults to `0.5`.
+            recomposition fuses, at least one pair. Defaults to `None`: that of
+            the recipe.
         beta1: float in [0, 1). Decay of the average sensitivity. Defaults to
             `0.85`.
         beta2: float in [0, 1). Decay of its uncertainty. Defaults to `0.85`.
-        recipe: `"paper"` or a `Recipe`. Defaults to `"paper"`.
+        recipe: a `Recipe` or the name of one, which the layers get.
+            Defaults to `None`: that of the layers.
         verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
 
     Attributes:
@@ -74,10 +79,10 @@ class RecompositionCallback(keras.callbacks.Callback):
     def __init__(
         self,
         interval=None,
-        fusion_ratio=0.5,
+        fusion_ratio=None,
         beta1=0.85,
         beta2=0.85,
-        recipe="paper",
+        recipe=None,
         verbose=0,
     ):
         super().__init__()
@@ -88,14 +93,15 @@ class RecompositionCallback(keras.callbacks.Callback):
                 "`interval` must be a positive number of steps or `None`. "
                 f"Received: interval={interval!r}"
             )
-        check_fraction("fusion_ratio", fusion_ratio, True, False)
+        if fusion_ratio is not None:
+            check_fraction("fusion_ratio", fusion_ratio, True, False)
         check_fraction("beta1", beta1, False, True)
         check_fraction("beta2", beta2, False, True)
         self.interval = interval
         self.fusion_ratio = fusion_ratio
         self.beta1 = beta1
         self.beta2 = beta2
-        self.recipe = get_recipe(recipe)
+        self.recipe = None if recipe is None else get_recipe(recipe)
         self.verbose = verbose
         self.record = []
 
@@ -106,7 +112,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             "fusion_ratio": self.fusion_ratio,
             "beta1": self.beta1,
             "beta2": self.beta2,
-            "recipe": self.recipe.to_dict(),
+            "recipe": self.recipe and self.recipe.to_dict(),
             "record": [event.to_dict() for event in self.record],
         }
 
@@ -116,7 +122,11 @@ class RecompositionCallback(keras.callbacks.Callback):
     def set_model(self, model):
         super().set_model(model)
         self._layers = srlora_layers(model)
-        self._check(model)
+        recipe = _choose_recipe(self._layers, self.recipe, self.fusion_ratio)
+        self._check(model, recipe)
+        self.recipe = recipe
+        for layer in self._layers:
+            layer.recipe = recipe
         initialize_factors(model)
         self._outer_optimizer, _ = _split_optimizer(model)
         self._optimizer = _wrap_optimizer(
@@ -124,7 +134,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         )
         _keras.drop_compiled_functions(model)
 
-    def _check(self, model):
+    def _check(self, model, recipe):
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
             raise ValueError(
@@ -144,6 +154,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                 )
             if layer.initialized:
                 layer.check_directions()
+                _check_start(layer, recipe)
         _, inner = _split_optimizer(model)
         check_optimizer(inner, model)
         if inner.built:
@@ -186,10 +197,13 @@ class RecompositionCallback(keras.callbacks.Callback):
                 f"Received: model.optimizer={received!r}"
             )
         self._step = self._epoch_start + batch
-        total = self._epochs * (self._epoch_steps or 0)
-        # Keras begins a batch too many where a data set of unknown size ends.
-        if self._schedule.is_due(self._step) and self._step != total:
+        if self._schedule.is_due(self._step) and self._step < self._last_step():
             self._recompose()
+
+    def _last_step(self):
+        """Step from which on nothing is recomposed."""
+        total = self._epochs * (self._epoch_steps or 0)
+        return self.recipe.stop * total if total else float("inf")
 
     def on_epoch_end(self, epoch, logs=None):
         learned = not self._epoch_steps
@@ -233,28 +247,39 @@ class RecompositionCallback(keras.callbacks.Callback):
     def _make_schedule(self):
         """Spreads what is left to do over what is left of the run."""
         steps = self._epoch_steps or 0
-        left = self._epochs * steps - self._step
-        count = max(
-            remaining_recompositions(layer, self.fusion_ratio)
-            for layer in self._layers
-        )
+        left = self._last_step() - self._step
+        count = max(map(remaining_recompositions, self._layers))
         if count == 0:
             self._say_exhausted(self._layers)
         interval = self.interval
         if interval is None:
-            interval = self.recipe["schedule"](left, count)
-            if count > left > 0:
+            interval = max(
+                self.recipe["schedule"](left, count), self._shortest_interval()
+            )
+            if interval == 1.0 and count > left > 0:
                 self._say(
-                    f"{left} steps are too few to visit all directions in "
+                    f"{int(left)} steps are too few to visit all directions in "
                     f"{count} recompositions: there will be one each step."
                 )
-        elif steps and interval >= left:
+        if count and 0 < left <= interval:
             self._say(
-                f"`interval={interval}` is not below the {left} steps of this "
-                "run: nothing will be recomposed."
+                f"Nothing will be recomposed: the recipe has {int(left)} steps "
+                f"of this run for it, and the first recomposition would come "
+                f"after {interval:g}. Pass a smaller `interval`, or a recipe "
+                f"with other `stop` and `steps_per_pair`. Received: "
+                f"interval={self.interval}, {self.recipe}"
             )
         self._set_schedule(
             Schedule(float(interval), self._step, steps, self._step)
+        )
+
+    def _shortest_interval(self):
+        """Steps between two recompositions that leave a pair its time."""
+        return max(
+            self.recipe.steps_per_pair
+            * pairs_per_recomposition(layer)
+            / layer.rank
+            for layer in self._layers
         )
 
     def _set_schedule(self, schedule):
@@ -283,8 +308,6 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._optimizer.sensitivity,
             self._optimizer,
             self._step,
-            self.fusion_ratio,
-            self.recipe,
         )
         self._set_schedule(self._schedule._replace(recomposed_at=self._step))
         self.record.extend(events)
@@ -317,6 +340,36 @@ def describe(events, layer_count):
         f"{min(directions)} to {max(directions)}; largest change of a kernel "
         f"{drift:.1e} of its largest entry"
     )
+
+
+# The recipe of a run.
+
+
+def _choose_recipe(layers, recipe, fusion_ratio):
+    if recipe is None:
+        recipe = layers[0].recipe
+        for layer in layers:
+            if layer.recipe != recipe:
+                raise ValueError(
+                    "The SRLoRA layers have different recipes; pass the one to "
+                    "follow: `RecompositionCallback(recipe=...)`. Received: "
+                    f"{recipe} in layer {layers[0].path!r}, {layer.recipe} in "
+                    f"layer {layer.path!r}"
+                )
+    if fusion_ratio is None:
+        return recipe
+    return dataclasses.replace(recipe, fusion_ratio=fusion_ratio)
+
+
+def _check_start(layer, recipe):
+    if layer.recipe.start != recipe.start:
+        raise ValueError(
+            f"The pairs of layer {layer.path!r} started already, as the recipe "
+            f"that it was made with says: {layer.recipe.start!r}. Pass the "
+            "recipe there, `enable_srlora(model, recipe=...)` or "
+            "`SRLoRADense(..., recipe=...)`, and none to the callback. "
+            f"Received: a recipe that starts with {recipe.start!r}"
+        )
 
 
 # Putting the wrapper in place. A `LossScaleOptimizer` stays outside of it, so

@@ -12,6 +12,7 @@ from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
 from keras_srlora._checks import check_rank
 from keras_srlora._layers import srlora_layers
+from keras_srlora._recipes import get_recipe
 from keras_srlora.dense import SRLoRADense
 from keras_srlora.einsum_dense import SRLoRAEinsumDense
 
@@ -28,7 +29,7 @@ def enable_srlora(
     target_rank=None,
     lora_alpha=None,
     target_layer_names=None,
-    start="pissa",
+    recipe="paper",
     decomposition="auto",
 ):
     """Converts the projections of a built model to SRLoRA layers, in place.
@@ -52,7 +53,9 @@ def enable_srlora(
             transformer are those of attention and feed-forward; in a model that
             has none there, all `Dense` and `EinsumDense` layers but those that
             make its outputs.
-        start: `"pissa"` or `"lora"`; see `SRLoRADense`.
+        recipe: `"paper"` (SRLoRA as published), `"lora_restarts"` or a
+            `Recipe`: how pairs start, which are fused, along what they restart,
+            and when.
         decomposition: `"exact"`, `"randomized"` or `"auto"`.
 
     Returns:
@@ -72,14 +75,14 @@ def enable_srlora(
     keras_srlora.enable_srlora(backbone, rank=8, target_rank=64)
     ```
     """
-    check_arguments(rank, target_rank, lora_alpha, start, decomposition)
+    check_arguments(rank, target_rank, lora_alpha, decomposition)
     layers = _find_targets(model, target_layer_names)
     train_bias = False
     arguments = (
         rank,
         target_rank,
         lora_alpha,
-        start,
+        get_recipe(recipe),
         decomposition,
         train_bias,
     )

@@ -45,9 +45,9 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
         lora_alpha: Positive number. The low-rank part is scaled by
             `lora_alpha / rank`. Defaults to `None`: `rank`, so scale 1, as in
             the paper.
-        start: `"pissa"` (published: the first pairs are the kernel's leading
-            singular directions) or `"lora"` (`a` random, `b` zero, all
-            directions unused). Defaults to `"pissa"`.
+        recipe: `"paper"` (SRLoRA as published), `"lora_restarts"` or a
+            `Recipe`: how pairs start, which are fused, along what they restart,
+            and when. Defaults to `"paper"`.
         decomposition: `"exact"`, `"randomized"` or `"auto"` (by size).
             Defaults to `"auto"`.
         train_bias: Bool. Whether the bias is trained. Defaults to `True`;

@@ -7,9 +7,7 @@ import numpy as np
 
 from keras_srlora import _keras
 from keras_srlora import _slots
-from keras_srlora._checks import check_fraction
 from keras_srlora._recipes import Pairs
-from keras_srlora._recipes import get_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +41,11 @@ class Recomposition:
         }
 
 
-def recompose(
-    sensitivity, optimizer=None, step=0, fusion_ratio=0.5, recipe="paper"
-):
-    """Fuses the least important pairs and restarts their slots, in all layers.
+def recompose(sensitivity, optimizer=None, step=0):
+    """Fuses some pairs of each layer and restarts their slots.
 
-    The function that each layer computes does not change. A layer whose
+    Which pairs, along which directions, is said by the recipe of the layer. The
+    function that each layer computes does not change. A layer whose
     directions have run out, or whose factors or scores are not finite, is left
     as it is, with a warning in the latter case.
 
@@ -58,10 +55,8 @@ def recompose(
             are treated as the recipe says; a `SensitivityOptimizer` may be
             passed as it is. `None` where there is none: treat the slots of the
             returned `Recomposition`s yourself.
-        step: int. For the record.
-        fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs to fuse, at
-            least one. Defaults to `0.5`.
-        recipe: name or `Recipe`.
+        step: int. Training steps done, which the age of a pair and the record
+            are counted in.
 
     Returns:
         List of `Recomposition`, one for each layer that was recomposed.
@@ -76,8 +71,6 @@ def recompose(
         keras_srlora.recompose(optimizer.sensitivity, optimizer, step)
     ```
     """
-    check_fraction("fusion_ratio", fusion_ratio, low_open=True, high_open=False)
-    recipe = get_recipe(recipe)
     slots = {}
     if optimizer is not None:
         optimizer = getattr(optimizer, "unwrap", lambda: optimizer)()
@@ -87,7 +80,7 @@ def recompose(
         _slots.warn_of_unknown(optimizer, unknown)
     events = []
     for layer, scores in zip(sensitivity.layers, sensitivity.importance()):
-        event = _recompose_layer(layer, scores, step, fusion_ratio, recipe)
+        event = _recompose_layer(layer, scores, step)
         if event is None:
             continue
         events.append(event)
@@ -95,23 +88,26 @@ def recompose(
         restarted = _slots.row_mask(layer.rank, list(event.slots))
         for factor in layer.factors:
             _slots.restart_slots(
-                slots.get(id(factor), []), factor, restarted, recipe["slots"]
+                slots.get(id(factor), []),
+                factor,
+                restarted,
+                layer.recipe["slots"],
             )
     return events
 
 
-def pairs_per_recomposition(rank, fusion_ratio):
+def pairs_per_recomposition(layer):
     """`n = γ · r`, at least one (arXiv 2505.12433, section 3)."""
-    return max(1, int(fusion_ratio * rank))
+    return max(1, int(layer.recipe.fusion_ratio * layer.rank))
 
 
-def remaining_recompositions(layer, fusion_ratio):
+def remaining_recompositions(layer):
     """How many recompositions a layer's unused directions are good for."""
-    count = pairs_per_recomposition(layer.rank, fusion_ratio)
+    count = pairs_per_recomposition(layer)
     return -(-len(layer.adapter_state.unused) // count)
 
 
-def _recompose_layer(layer, scores, step, fusion_ratio, recipe):
+def _recompose_layer(layer, scores, step):
     state = layer.adapter_state
     unused = state.unused
     if len(unused) == 0:
@@ -128,8 +124,8 @@ def _recompose_layer(layer, scores, step, fusion_ratio, recipe):
             "recomposition",
         )
         return None
-    count = pairs_per_recomposition(layer.rank, fusion_ratio)
-    count = min(count, len(unused))
+    recipe = layer.recipe
+    count = min(pairs_per_recomposition(layer), len(unused))
     slots = recipe["selection"](Pairs(scores, state.slot_started), count)
     values = state.directions.singular_values
     directions = recipe["order"](values, unused, count)

@@ -25,11 +25,11 @@ def teacher():
     return pretrained.astype("float32"), update, x, y
 
 
-def error_left(teacher, start, learning_rate, callbacks):
+def error_left(teacher, recipe, learning_rate, callbacks):
     pretrained, update, x, y = teacher
     keras.utils.set_random_seed(0)
     layer = keras_srlora.SRLoRADense(
-        WIDTH, use_bias=False, rank=RANK, target_rank=WIDTH, start=start
+        WIDTH, use_bias=False, rank=RANK, target_rank=WIDTH, recipe=recipe
     )
     inputs = keras.Input((WIDTH,))
     model = keras.Model(inputs, layer(inputs))
@@ -55,12 +55,12 @@ def test_the_best_update_of_rank_8_leaves_0_708(teacher):
 
 def test_lora_stays_at_the_best_of_its_rank(teacher):
     # Trained as long, at a rate at which it converges.
-    assert error_left(teacher, "lora", 1e-3, []) > 0.70
+    assert error_left(teacher, "lora_restarts", 1e-3, []) > 0.70
 
 
 def test_srlora_goes_below(teacher):
     # (128 - 8) / 4 = 30 recompositions, and a stretch after the last.
     callback = keras_srlora.RecompositionCallback(interval=STEPS // 30 - 3)
-    error = error_left(teacher, "pissa", 3e-4, [callback])
+    error = error_left(teacher, "paper", 3e-4, [callback])
     assert len(callback.record) == 30
     assert error < 0.05

@@ -26,7 +26,7 @@ def recompose_layer(layer, slots, directions, step=7):
         slots,
         np.array(directions),
         np.arange(len(slots), dtype="float32"),
-        _recipes.SCALES["sqrt_singular_value"],
+        _recipes.sqrt_singular_value,
         step,
     )
 
@@ -96,7 +96,7 @@ def test_pissa_start_holds_the_leading_directions(rng):
 
 def test_lora_start_leaves_kernel_and_directions(rng):
     w = matrix("gaussian", 20, 15, rng)
-    layer = dense_layer(w, rank=4, start="lora")
+    layer = dense_layer(w, rank=4, recipe="lora_restarts")
     np.testing.assert_array_equal(to_numpy(layer.kernel), w)
     a, b = layer.factors_to_numpy()
     assert np.abs(a).max() > 0 and np.abs(b).max() == 0

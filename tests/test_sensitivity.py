@@ -32,7 +32,7 @@ def linear_model(rng, **kwargs):
 def fit(model, x, y, *callbacks, **kwargs):
     # An interval beyond the run: the statistics of all steps stay.
     scoring = keras_srlora.RecompositionCallback(interval=10**6, **kwargs)
-    with pytest.warns(UserWarning, match="nothing will be recomposed"):
+    with pytest.warns(UserWarning, match="Nothing will be recomposed"):
         return model.fit(
             x,
             y,

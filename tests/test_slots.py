@@ -1,5 +1,7 @@
 """Slots of restarted pairs, in every stock optimizer."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def trained(optimizer, rng):
     model = two_layer_model(rng)
     model.compile(optimizer, "mse")
     callback = keras_srlora.RecompositionCallback(interval=10**6)
-    with pytest.warns(UserWarning, match="nothing will be recomposed"):
+    with pytest.warns(UserWarning, match="Nothing will be recomposed"):
         model.fit(
             *regression_data(rng, 40),
             batch_size=8,
@@ -73,8 +75,8 @@ def test_only_the_restarted_rows_are_treated(name, treatment, rng):
     old = {
         (f, i): to_numpy(s) for f in slots for i, (_, s) in enumerate(slots[f])
     }
-    recipe = keras_srlora.Recipe(slots=treatment)
-    (event,) = keras_srlora.recompose(sensitivity, optimizer, recipe=recipe)
+    layer.recipe = dataclasses.replace(layer.recipe, slots=treatment)
+    (event,) = keras_srlora.recompose(sensitivity, optimizer)
     fused = list(event.slots)
     stay = [k for k in range(layer.rank) if k not in fused]
     assert len(fused) == 2
