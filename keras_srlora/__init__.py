@@ -6,6 +6,9 @@ Importance-Based Fusion and Reinitialization", arXiv 2505.12433.
 
 from keras_srlora._layers import initialize_factors
 from keras_srlora._recipes import Recipe
+from keras_srlora.adapter import adapter_disabled
+from keras_srlora.adapter import load_adapter
+from keras_srlora.adapter import save_adapter
 from keras_srlora.callback import RecompositionCallback
 from keras_srlora.convert import enable_srlora
 from keras_srlora.convert import load_plain_weights
@@ -27,9 +30,12 @@ __all__ = [
     "SRLoRAEinsumDense",
     "Sensitivity",
     "SensitivityOptimizer",
+    "adapter_disabled",
     "enable_srlora",
     "initialize_factors",
+    "load_adapter",
     "load_plain_weights",
     "merge_srlora",
     "recompose",
+    "save_adapter",
 ]

@@ -9,6 +9,8 @@ import math
 import string
 from typing import NamedTuple
 
+from keras import ops
+
 
 class Contraction(NamedTuple):
     """An einsum equation read as a product of matrices.
@@ -41,6 +43,13 @@ class Contraction(NamedTuple):
     def kernel_is_a_matrix(self):
         """Whether the stored kernel is that matrix up to a reshape."""
         return is_identity(self.kernel_axes)
+
+
+def as_matrix(kernel, plan):
+    """A kernel as a tensor of shape `(in, out)`; no gradient flows through."""
+    kernel = ops.stop_gradient(ops.convert_to_tensor(kernel))
+    kernel = ops.transpose(kernel, plan.kernel_axes)
+    return ops.reshape(kernel, (plan.in_features, plan.out_features))
 
 
 def is_identity(axes):

@@ -207,10 +207,7 @@ class SRLoRALayer:
         raise NotImplementedError
 
     def _kernel_matrix(self):
-        plan = self._plan()
-        kernel = ops.convert_to_tensor(_keras.stored_kernel(self))
-        kernel = ops.transpose(ops.stop_gradient(kernel), plan.kernel_axes)
-        return ops.reshape(kernel, (plan.in_features, plan.out_features))
+        return _contraction.as_matrix(_keras.stored_kernel(self), self._plan())
 
     def _shape_as_kernel(self, matrix):
         plan = self._plan()
@@ -286,6 +283,52 @@ class SRLoRALayer:
         if scale is not None:
             leading = np.arange(self.rank)
             self._restart(leading, leading, scale)
+
+    def pretrained_matrix(self):
+        """The kernel before SRLoRA, from the frozen one and the record.
+
+        Returns:
+            float32 tensor of shape `(in, out)`; equal to rounding.
+        """
+        kernel = ops.cast(self._kernel_matrix(), "float32")
+        return ops.add(kernel, self._taken_out(self._adapter))
+
+    def _taken_out(self, state):
+        """What a record says is missing in the frozen kernel."""
+        if not state.initialized:
+            return 0.0
+        found = state.directions
+        subtracted = state.anchors[:, None] * found.left
+        return ops.subtract(
+            ops.matmul(subtracted.T, found.right),
+            ops.matmul(self.scale * state.fused_a.T, state.fused_b),
+        )
+
+    def disable_adapter(self):
+        """Back to the pretrained kernel, with `b` zero."""
+        self._assign_matrix(self.pretrained_matrix())
+        b = self.lora_kernel_b
+        b.assign(ops.zeros(b.shape, dtype=b.dtype))
+
+    def restore_adapter(self, a, b, lora_alpha, state):
+        """Takes over the factors and the record of another run.
+
+        Args:
+            a: array of shape `(rank, in)`.
+            b: array of shape `(rank, out)`.
+            lora_alpha: as in the constructor.
+            state: an `AdapterState` of the same pretrained kernel.
+        """
+        pretrained = self.pretrained_matrix()
+        self.lora_alpha = lora_alpha
+        self._assign_matrix(ops.subtract(pretrained, self._taken_out(state)))
+        self.lora_kernel_a.assign(a)
+        self.lora_kernel_b.assign(b)
+        self._adapter = state.with_statistics_of(self._adapter)
+
+    def _assign_matrix(self, matrix):
+        kernel = _keras.stored_kernel(self)
+        kernel.assign(ops.cast(self._shape_as_kernel(matrix), kernel.dtype))
 
     def check_directions(self):
         """Raises `ValueError` where the kernel is not the decomposed one.
@@ -376,7 +419,7 @@ class SRLoRALayer:
             ops.convert_to_tensor(fresh_b),
             self.scale,
         )
-        _keras.stored_kernel(self).assign(self._shape_as_kernel(kernel))
+        self._assign_matrix(kernel)
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
         state.anchors[indices] = self.scale * scale_a * scale_b

@@ -7,6 +7,7 @@ import warnings
 import keras
 from keras import ops
 
+from keras_srlora import _contraction
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
@@ -77,23 +78,19 @@ def enable_srlora(
     """
     check_arguments(rank, target_rank, lora_alpha, decomposition)
     layers = _find_targets(model, target_layer_names)
-    train_bias = False
-    arguments = (
-        rank,
-        target_rank,
-        lora_alpha,
-        get_recipe(recipe),
-        decomposition,
-        train_bias,
-    )
+    arguments = {
+        "rank": rank,
+        "target_rank": target_rank,
+        "lora_alpha": lora_alpha,
+        "recipe": get_recipe(recipe),
+        "decomposition": decomposition,
+        "train_bias": False,
+    }
     for layer in layers:
-        _check_convertible(layer, rank)
-    _warn_of_outer_model(model)
-    _freeze_base(model, layers)
+        check_convertible(layer, rank)
+    convert_plain(model, layers, [arguments] * len(layers))
     for layer in layers:
-        _convert(layer, arguments)
-    _keras.refresh_torch_parameters(model)
-    _keras.drop_compiled_functions(model)
+        layer.initialize_factors()
     return layers
 
 
@@ -271,7 +268,8 @@ def _refuse_converted(layers):
             )
 
 
-def _check_convertible(layer, rank):
+def check_convertible(layer, rank):
+    """Raises where a layer cannot become an SRLoRA layer."""
     _refuse_converted([layer])
     path = layer.path or layer.name
     if type(layer) not in ADAPTED:
@@ -365,8 +363,23 @@ def _is_backbone(model):
     )
 
 
-def _convert(layer, arguments):
-    layer.__class__ = ADAPTED[type(layer)]
-    layer._set_arguments(*arguments)
-    layer._add_factors()
-    layer.initialize_factors()
+def plain_matrix(layer):
+    """The kernel of a plain layer as a matrix of shape `(in, out)`."""
+    plan = ADAPTED[type(layer)]._plan(layer)
+    return _contraction.as_matrix(_keras.stored_kernel(layer), plan)
+
+
+def convert_plain(model, layers, arguments):
+    """Converts checked plain layers, with a dict of arguments for each.
+
+    Their kernels are not decomposed yet. Everything else that is pretrained is
+    frozen.
+    """
+    _warn_of_outer_model(model)
+    _freeze_base(model, layers)
+    for layer, of_layer in zip(layers, arguments):
+        layer.__class__ = ADAPTED[type(layer)]
+        layer._set_arguments(**of_layer)
+        layer._add_factors()
+    _keras.refresh_torch_parameters(model)
+    _keras.drop_compiled_functions(model)

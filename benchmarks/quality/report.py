@@ -1,0 +1,131 @@
+"""Writes the tables and pictures of the laboratory from its results.
+
+    python benchmarks/quality/report.py
+
+For each task and rank, each method at the learning rate that was chosen for it:
+mean loss on the test split, the difference to LoRA of the same rank, paired by
+seed, with its 95 % interval, and the part of LoRA's gap to four times the rank
+that the method closes.
+"""
+
+import collections
+
+import matplotlib
+import numpy as np
+import run
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = run.HERE / "results"
+SMALLEST_GAP = 1e-3  # of losses that begin near 1
+
+
+def main():
+    """Reads `results/*.jsonl`, writes `results/tables.md` and the pictures."""
+    tables = ["# Results\n", "Written by `report.py`.\n"]
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        cells = chosen_runs(run.read(path))
+        tables.append(table(path.stem, cells))
+        plot(path.stem, cells, path.with_suffix(".png"))
+    (RESULTS / "tables.md").write_text("\n".join(tables), encoding="utf-8")
+
+
+def chosen_runs(done):
+    """`{(rank, method): {seed: record}}` at the chosen learning rates."""
+    cells = collections.defaultdict(dict)
+    for cell in {key[:3] for key in done}:
+        best = run.best_rate(done, cell)
+        for key, record in done.items():
+            if key[:4] == (*cell, best):
+                cells[cell[2], cell[1]][record["seed"]] = record
+    return dict(cells)
+
+
+def table(task, cells):
+    """A Markdown table, the best method of each rank first."""
+    lines = [
+        f"## {task}\n",
+        "| rank | method | learning rate | training loss | test loss | "
+        "to LoRA, paired | of the gap to 4r | accuracy | recompositions | "
+        "seeds |",
+        "|---" * 10 + "|",
+    ]
+
+    def test_loss(key):
+        return np.mean([r["test_loss"] for r in cells[key].values()])
+
+    for rank, method in sorted(cells, key=lambda k: (k[0], test_loss(k))):
+        runs = cells[rank, method]
+        records = list(runs.values())
+        lora, quadruple = (
+            cells.get((rank, "lora")),
+            cells.get((rank, "lora_4r")),
+        )
+        accuracy = [r["test_accuracy"] for r in records if "test_accuracy" in r]
+        lines.append(
+            f"| {rank} | `{method}` | {records[0]['rate']:g} | "
+            f"{np.mean([r['train_loss'] for r in records]):.4f} | "
+            f"{test_loss((rank, method)):.4f} | "
+            f"{paired(runs, lora) if lora and method != 'lora' else ''} | "
+            f"{gap(runs, lora, quadruple) if lora and quadruple else ''} | "
+            f"{f'{np.mean(accuracy):.4f}' if accuracy else ''} | "
+            f"{records[0]['recompositions']} | {len(runs)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def differences(runs, others):
+    """Test losses of the seeds that both have, one minus the other."""
+    return np.array(
+        [
+            runs[seed]["test_loss"] - others[seed]["test_loss"]
+            for seed in runs
+            if seed in others
+        ]
+    )
+
+
+def paired(runs, lora):
+    """The mean difference to LoRA and half of its 95 % interval."""
+    found = differences(runs, lora)
+    if len(found) < 3:
+        return f"{found.mean():+.4f}"
+    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
+    return f"{found.mean():+.4f} ± {half:.4f}"
+
+
+def gap(runs, lora, quadruple):
+    """`(LoRA_r - method) / (LoRA_r - LoRA_4r)`, where there is a gap."""
+    whole = differences(quadruple, lora).mean()
+    if whole > -SMALLEST_GAP:
+        return ""
+    return f"{differences(runs, lora).mean() / whole:.2f}"
+
+
+def plot(task, cells, path):
+    """Test loss against rank, for the methods that were run at several."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    ranks = collections.defaultdict(list)
+    for rank, method in sorted(cells):
+        ranks[method].append(rank)
+    for method in ("lora", "lora_4r", "pissa", "paper", "restarts"):
+        losses = [
+            np.mean([r["test_loss"] for r in cells[rank, method].values()])
+            for rank in ranks[method]
+        ]
+        axes.plot(ranks[method], losses, marker="o", label=method)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("rank")
+    axes.set_ylabel("loss on the test split")
+    axes.set_title(task, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""How the laboratory chooses learning rates: no figure is better than that."""
+
+import argparse
+import importlib.util
+import pathlib
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks" / "quality"
+CELL = ("digits", "lora", 4)
+
+
+@pytest.fixture(scope="module")
+def run():
+    spec = importlib.util.spec_from_file_location("run", FOLDER / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def results(**losses):
+    """Records of two seeds, from validation losses by learning rate."""
+    return {
+        (*CELL, float(rate), seed): {"validation_loss": loss + 0.1 * seed}
+        for rate, loss in losses.items()
+        for seed in range(2)
+    }
+
+
+def next_rates(run, done, seeds=5):
+    arguments = argparse.Namespace(rates=None, seeds=seeds)
+    jobs = run.missing(done, [CELL], arguments)
+    return sorted({(job[3], job[4]) for job in jobs})
+
+
+def test_a_cell_starts_with_three_half_decades_and_two_seeds(run):
+    expected = [(r, s) for r in (0.001, 0.003, 0.01) for s in (0, 1)]
+    assert next_rates(run, {}) == expected
+
+
+def test_a_best_rate_on_the_edge_extends_the_grid(run):
+    done = results(**{"0.001": 0.5, "0.003": 0.4, "0.01": 0.3})
+    assert next_rates(run, done) == [(0.03, 0), (0.03, 1)]
+    done = results(**{"0.001": 0.2, "0.003": 0.4, "0.01": 0.3})
+    assert next_rates(run, done) == [(0.0003, 0), (0.0003, 1)]
+
+
+def test_the_other_seeds_run_at_the_best_rate(run):
+    done = results(**{"0.001": 0.5, "0.003": 0.3, "0.01": 0.4})
+    assert next_rates(run, done) == [(0.003, 2), (0.003, 3), (0.003, 4)]
+    done |= {(*CELL, 0.003, s): {"validation_loss": 0.3} for s in (2, 3, 4)}
+    assert next_rates(run, done) == []
+
+
+def test_seeds_that_did_not_choose_do_not_count(run):
+    done = results(**{"0.001": 0.5, "0.003": 0.3, "0.01": 0.4})
+    done[(*CELL, 0.01, 2)] = {"validation_loss": 0.0}
+    assert run.best_rate(done, CELL) == 0.003
+
+
+def test_another_rank_starts_around_its_neighbours_best(run):
+    done = results(**{"0.001": 0.5, "0.003": 0.4, "0.01": 0.3, "0.03": 0.4})
+    arguments = argparse.Namespace(rates=None, seeds=2)
+    jobs = run.missing(done, [("digits", "lora", 8)], arguments)
+    assert sorted({job[3] for job in jobs}) == [0.003, 0.01, 0.03]
