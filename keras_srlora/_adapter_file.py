@@ -6,11 +6,11 @@ not at all. This module knows bytes and arrays, no model.
 
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
 
 import numpy as np
+
+from keras_srlora._files import written_whole
 
 FORMAT, VERSION = "keras_srlora adapter", 1
 
@@ -24,7 +24,6 @@ def write(path, tensors, metadata):
         metadata: dict that JSON can hold.
     """
     safetensors = _import_safetensors()
-    path = pathlib.Path(path)
     tensors = {
         name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)
     }
@@ -38,18 +37,8 @@ def write(path, tensors, metadata):
             "sha256": _digest(tensors, text),
         },
     )
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # `mkstemp` makes files that only their owner reads.
-        os.chmod(unfinished, 0o666 & ~_umask())
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise
+    with written_whole(path) as unfinished:
+        pathlib.Path(unfinished).write_bytes(data)
 
 
 def read(path):
@@ -100,12 +89,6 @@ def _digest(tensors, text):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _import_safetensors():

@@ -209,7 +209,8 @@ class SRLoRALayer:
     def _kernel_matrix(self):
         return _contraction.as_matrix(_keras.stored_kernel(self), self._plan())
 
-    def _shape_as_kernel(self, matrix):
+    def shape_as_kernel(self, matrix):
+        """From `(in, out)` to the shape of the stored kernel."""
         plan = self._plan()
         matrix = ops.reshape(matrix, plan.in_shape + plan.out_shape)
         return ops.transpose(matrix, np.argsort(plan.kernel_axes).tolist())
@@ -221,7 +222,7 @@ class SRLoRALayer:
             float32 tensor of the kernel's shape: frozen kernel plus scaled
             product of the factors.
         """
-        return self._shape_as_kernel(self._effective_matrix())
+        return self.shape_as_kernel(self._effective_matrix())
 
     def _effective_matrix(self):
         a, b = self._factor_values()
@@ -304,6 +305,33 @@ class SRLoRALayer:
             ops.matmul(self.scale * state.fused_a.T, state.fused_b),
         )
 
+    def update_factors(self):
+        """The whole update since the pretrained kernel, as two factors.
+
+        Returns:
+            float32 arrays `a` of shape `(k, in)` and `b` of shape `(k, out)`:
+            the update is `aᵀ @ b`. The fused pairs, those being trained, and
+            the directions that were subtracted; at most `2 · target_rank`.
+        """
+        a, b = self.factors_to_numpy()
+        if not self.initialized:
+            return self.scale * a, b
+        state, found = self._adapter, self._adapter.directions
+        anchored = state.anchors != 0
+        subtracted = state.anchors[anchored, None] * found.left[anchored]
+        return (
+            np.concatenate(
+                [self.scale * state.fused_a, self.scale * a, -subtracted]
+            ),
+            np.concatenate([state.fused_b, b, found.right[anchored]]),
+        )
+
+    @property
+    def keeps_last_axis_apart(self):
+        """Whether the kernel's last axis alone is the matrix's `out`."""
+        plan = self._plan()
+        return plan.kernel_is_a_matrix and len(plan.out_shape) == 1
+
     def disable_adapter(self):
         """Back to the pretrained kernel, with `b` zero."""
         self._assign_matrix(self.pretrained_matrix())
@@ -328,7 +356,7 @@ class SRLoRALayer:
 
     def _assign_matrix(self, matrix):
         kernel = _keras.stored_kernel(self)
-        kernel.assign(ops.cast(self._shape_as_kernel(matrix), kernel.dtype))
+        kernel.assign(ops.cast(self.shape_as_kernel(matrix), kernel.dtype))
 
     def check_directions(self):
         """Raises `ValueError` where the kernel is not the decomposed one.
