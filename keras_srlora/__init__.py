@@ -16,6 +16,7 @@ from keras_srlora.convert import merge_srlora
 from keras_srlora.dense import SRLoRADense
 from keras_srlora.einsum_dense import SRLoRAEinsumDense
 from keras_srlora.export import export_lora
+from keras_srlora.export import export_peft
 from keras_srlora.optimizer import SensitivityOptimizer
 from keras_srlora.recomposition import Recomposition
 from keras_srlora.recomposition import recompose
@@ -34,6 +35,7 @@ __all__ = [
     "adapter_disabled",
     "enable_srlora",
     "export_lora",
+    "export_peft",
     "initialize_factors",
     "load_adapter",
     "load_plain_weights",

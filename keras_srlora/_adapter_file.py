@@ -23,12 +23,9 @@ def write(path, tensors, metadata):
         tensors: `{name: NumPy array}`.
         metadata: dict that JSON can hold.
     """
-    safetensors = _import_safetensors()
-    tensors = {
-        name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)
-    }
     text = json.dumps(metadata, indent=1)
-    data = safetensors.numpy.save(
+    write_tensors(
+        path,
         tensors,
         {
             "format": FORMAT,
@@ -37,6 +34,15 @@ def write(path, tensors, metadata):
             "sha256": _digest(tensors, text),
         },
     )
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Writes a safetensors file of NumPy arrays, whole or not at all."""
+    safetensors = _import_safetensors()
+    tensors = {
+        name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)
+    }
+    data = safetensors.numpy.save(tensors, metadata)
     with written_whole(path) as unfinished:
         pathlib.Path(unfinished).write_bytes(data)
 

@@ -1,9 +1,14 @@
-"""`export_lora`: an adapter as the plain LoRA that stock KerasHub reads."""
+"""`export_lora` and `export_peft`: adapters as plain LoRA, for other tools."""
+
+import json
+import pathlib
+import re
 
 import numpy as np
 from keras import ops
 
 from keras_srlora import _keras
+from keras_srlora._adapter_file import write_tensors
 from keras_srlora._files import written_whole
 from keras_srlora._layers import srlora_layers
 
@@ -46,10 +51,7 @@ def export_lora(backbone, filepath, rank=None):
             "The name of the file must end in `.lora.h5`, as KerasHub wants "
             f"it. Received: filepath={str(filepath)!r}"
         )
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise ValueError(
-            f"`rank` must be a positive integer or `None`. Received: {rank=}"
-        )
+    _check_rank(rank)
     adapted = srlora_layers(backbone)
     factored = {id(layer): _unfolded_factors(layer) for layer in adapted}
     needed = max(1, *(len(s) for _, s, _ in factored.values()))
@@ -61,7 +63,7 @@ def export_lora(backbone, filepath, rank=None):
         for layer in _keras.flatten_layers(backbone)
         if layer is not backbone and layer.weights
     ]
-    arrays, error = {}, 0.0
+    arrays = {}
     for index, layer in enumerate(layers):
         if layer.name not in names or not hasattr(layer, "enable_lora"):
             continue
@@ -70,41 +72,186 @@ def export_lora(backbone, filepath, rank=None):
         b = np.zeros((rank, shape[-1]), "float32")
         # A layer of the same name that was not adapted gets an update of zero.
         if id(layer) in factored:
-            left, values, right = factored[id(layer)]
-            root = np.sqrt(values[:rank])
-            count = len(root)
-            a[..., :count] = (left[:, :rank] * root).reshape(*shape[:-1], -1)
-            b[:count] = root[:, None] * right[:rank]
-            total = np.linalg.norm(values)
-            if total > 0:
-                error = max(error, np.linalg.norm(values[rank:]) / total)
+            left, right = _balanced(*factored[id(layer)], rank)
+            a[:] = left.reshape(a.shape)
+            b[:] = right
         arrays[index] = a, b
     _write(filepath, rank, arrays)
-    return rank, names, float(error)
+    return rank, names, _largest_cut(factored.values(), rank)
+
+
+def export_peft(model, directory, rank=None, modules=None, prefix=""):
+    """Writes an adapter as the LoRA that Hugging Face's PEFT reads.
+
+    ```python
+    keras_srlora.export_peft(backbone, "reviews")
+    bert = transformers.AutoModel.from_pretrained("google-bert/bert-base-cased")
+    bert = peft.PeftModel.from_pretrained(bert, "reviews")
+    ```
+
+    BERT and ViT backbones of KerasHub are known (the latter under the names of
+    transformers 5); for another model say which module each layer is.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers.
+        directory: folder for `adapter_config.json` and
+            `adapter_model.safetensors`; made where there is none.
+        rank: int, or `None` for the rank that the updates need. A smaller one
+            keeps the best approximation of each update.
+        modules: dict from the path of a layer to the name of a
+            `torch.nn.Linear`, where the model is not one of those known.
+        prefix: str, before each name: `"bert."` for a
+            `BertForSequenceClassification`.
+
+    Returns:
+        `(rank, error)`; see `export_lora`.
+
+    Raises:
+        ValueError: if there is no SRLoRA layer, a layer's module is not known,
+            two layers have the same, or `rank` is not positive.
+        ImportError: if safetensors is not installed.
+    """
+    _check_rank(rank)
+    layers = srlora_layers(model)
+    names = [
+        prefix + _module_name(layer.path, modules or {}) for layer in layers
+    ]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "Each layer needs a module of its own. Received: the modules "
+            f"{sorted({n for n in names if names.count(n) > 1})} for several"
+        )
+    factored = [_thin_svd(*layer.update_factors()) for layer in layers]
+    needed = max(1, *(len(values) for _, values, _ in factored))
+    rank = needed if rank is None else rank
+    tensors = {}
+    for name, factors in zip(names, factored):
+        left, right = _balanced(*factors, rank)
+        # A `torch.nn.Linear` has its weight as (out, in).
+        tensors[f"base_model.model.{name}.lora_A.weight"] = left.T
+        tensors[f"base_model.model.{name}.lora_B.weight"] = right.T
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": names,
+        "base_model_name_or_path": None,
+    }
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / "adapter_model.safetensors", tensors)
+    with written_whole(directory / "adapter_config.json") as unfinished:
+        pathlib.Path(unfinished).write_text(json.dumps(config, indent=2))
+    return rank, _largest_cut(factored, rank)
+
+
+# Paths in KerasHub, names in transformers, and the index of the first block.
+
+_BERT = r"transformer_layer_(\d+)/"
+_VIT = r"vit_encoder/transformer_block_(\d+)/"
+MODULES = {
+    _BERT + "self_attention_layer/query": (
+        "encoder.layer.{}.attention.self.query",
+        0,
+    ),
+    _BERT + "self_attention_layer/key": (
+        "encoder.layer.{}.attention.self.key",
+        0,
+    ),
+    _BERT + "self_attention_layer/value": (
+        "encoder.layer.{}.attention.self.value",
+        0,
+    ),
+    _BERT + "self_attention_layer/attention_output": (
+        "encoder.layer.{}.attention.output.dense",
+        0,
+    ),
+    _BERT + "feedforward_intermediate_dense": (
+        "encoder.layer.{}.intermediate.dense",
+        0,
+    ),
+    _BERT + "feedforward_output_dense": ("encoder.layer.{}.output.dense", 0),
+    "pooled_dense": ("pooler.dense", 0),
+    _VIT + "mha/query": ("layers.{}.attention.q_proj", 1),
+    _VIT + "mha/key": ("layers.{}.attention.k_proj", 1),
+    _VIT + "mha/value": ("layers.{}.attention.v_proj", 1),
+    _VIT + "mha/attention_output": ("layers.{}.attention.o_proj", 1),
+    _VIT + "mlp/dense_1": ("layers.{}.mlp.fc1", 1),
+    _VIT + "mlp/dense_2": ("layers.{}.mlp.fc2", 1),
+}
+
+
+def _module_name(path, modules):
+    if path in modules:
+        return modules[path]
+    for pattern, (name, first) in MODULES.items():
+        found = re.fullmatch(pattern, path)
+        if found:
+            return name.format(*(int(i) - first for i in found.groups()))
+    raise ValueError(
+        f"It is not known which module of a Hugging Face model {path!r} is. "
+        "Pass it in `modules={path: name}`. "
+        f"Received: modules for {sorted(modules)[:4]}"
+    )
+
+
+def _check_rank(rank):
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ValueError(
+            f"`rank` must be a positive integer or `None`. Received: {rank=}"
+        )
+
+
+# Factors of an update.
 
 
 def _unfolded_factors(layer):
-    """SVD of a layer's update with its last axis against the rest.
-
-    Returns:
-        `(left, values, right)` of shapes `(rows, k)`, `(k,)`, `(k, last)`,
-        without the singular values that are rounding errors.
-    """
+    """SVD of a layer's update with its kernel's last axis against the rest."""
     a, b = layer.update_factors()
-    shape = tuple(_keras.stored_kernel(layer).shape)
     if layer.keeps_last_axis_apart:
-        # Two thin factorizations: nothing of the kernel's size.
-        q_a, r_a = np.linalg.qr(a.T)
-        q_b, r_b = np.linalg.qr(b.T)
-        left, values, right = np.linalg.svd(r_a @ r_b.T, full_matrices=False)
-        left, right = q_a @ left, right @ q_b.T
-    else:
-        update = ops.convert_to_numpy(layer.shape_as_kernel(a.T @ b))
-        update = update.reshape(-1, shape[-1])
-        left, values, right = np.linalg.svd(update, full_matrices=False)
-    tolerance = values[0] * max(shape) * np.finfo("float32").eps
-    count = int(np.sum(values > tolerance))
+        return _thin_svd(a, b)
+    update = ops.convert_to_numpy(layer.shape_as_kernel(a.T @ b))
+    update = update.reshape(-1, update.shape[-1])
+    return _without_rounding(*np.linalg.svd(update, full_matrices=False))
+
+
+def _thin_svd(a, b):
+    """SVD of `aᵀ @ b`, without anything of its size."""
+    q_a, r_a = np.linalg.qr(a.T)
+    q_b, r_b = np.linalg.qr(b.T)
+    left, values, right = np.linalg.svd(r_a @ r_b.T, full_matrices=False)
+    return _without_rounding(q_a @ left, values, right @ q_b.T)
+
+
+def _without_rounding(left, values, right):
+    side = max(len(left), right.shape[1])
+    count = int(np.sum(values > values[0] * side * np.finfo("float32").eps))
     return left[:, :count], values[:count], right[:count]
+
+
+def _balanced(left, values, right, rank):
+    """Factors `(rows, rank)` and `(rank, columns)`, filled up with zeros."""
+    root = np.sqrt(values[:rank])
+    missing = rank - len(root)
+    return (
+        np.pad(left[:, :rank] * root, ((0, 0), (0, missing))),
+        np.pad(root[:, None] * right[:rank], ((0, missing), (0, 0))),
+    )
+
+
+def _largest_cut(factored, rank):
+    """Largest part of an update that a rank cuts off, in Frobenius norm."""
+    parts = [
+        np.linalg.norm(values[rank:]) / np.linalg.norm(values)
+        for _, values, _ in factored
+        if len(values)
+    ]
+    return float(max(parts, default=0.0))
 
 
 def _write(filepath, rank, arrays):
