@@ -85,7 +85,12 @@ def read(path):
             f"{str(path)!r} is damaged: what it holds does not give the "
             "checksum that was written with it. Copy or write it again."
         )
-    return tensors, json.loads(text)
+    try:
+        return tensors, json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} has metadata that are not JSON: {error}."
+        ) from error
 
 
 def _digest(tensors, text):

@@ -236,6 +236,12 @@ def get_recipe(identifier):
     if isinstance(identifier, Recipe):
         return identifier
     if isinstance(identifier, dict):
+        fields = {field.name for field in dataclasses.fields(Recipe)}
+        if not set(identifier) <= fields:
+            raise ValueError(
+                f"A recipe has the choices {sorted(fields)}. "
+                f"Received: {sorted(map(str, identifier))}"
+            )
         return Recipe(**identifier)
     check_choice("recipe", identifier, RECIPES)
     return RECIPES[identifier]

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_srlora import _adapter_file
 from keras_srlora import _keras
+from keras_srlora._checks import check_arguments
 from keras_srlora._layers import srlora_layers
 from keras_srlora._recipes import get_recipe
 from keras_srlora._state import AdapterState
@@ -16,6 +17,18 @@ from keras_srlora.convert import check_convertible
 from keras_srlora.convert import convert_plain
 from keras_srlora.convert import plain_matrix
 
+# Fields of a layer's metadata, and their types in JSON.
+DESCRIPTION = {
+    "path": str,
+    "class": str,
+    "equation": (str, type(None)),
+    "kernel_shape": list,
+    "rank": int,
+    "target_rank": int,
+    "lora_alpha": (int, float, type(None)),
+    "recipe": dict,
+    "fingerprint": list,
+}
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
 TRAINABLE = "trainable"
 
@@ -104,20 +117,7 @@ def load_adapter(model, filepath):
     keras_srlora.load_adapter(backbone, "film_reviews.safetensors")
     ```
     """
-    tensors, metadata = _adapter_file.read(filepath)
-    by_path = {}
-    for layer in _keras.flatten_layers(model):
-        by_path.setdefault(layer.path, []).append(layer)
-    plans = []
-    for saved in metadata["layers"]:
-        layer = _find_layer(saved["path"], by_path, filepath)
-        arrays = _take(tensors, f"{saved['path']}/")
-        plans.append((layer, saved, arrays))
-        _check_fits(layer, saved, arrays, filepath)
-    variables = {v.path: v for v in model.variables}
-    others = _take(tensors, f"{TRAINABLE}/")
-    for path, array in others.items():
-        _check_variable(variables.get(path), path, array, filepath)
+    plans, others = read_checked(model, filepath)
     plain = [(layer, saved) for layer, saved, _ in plans if _is_plain(layer)]
     convert_plain(
         model,
@@ -128,10 +128,34 @@ def load_adapter(model, filepath):
         layer.recipe = get_recipe(saved["recipe"])
         a, b = (arrays[name] for name in FACTORS)
         layer.restore_adapter(a, b, saved["lora_alpha"], _state(arrays))
-    for path, array in others.items():
-        variables[path].assign(array)
+    for variable, array in others:
+        variable.assign(array)
     _keras.drop_compiled_functions(model)
     return [layer for layer, _, _ in plans]
+
+
+def read_checked(model, filepath):
+    """Reads an adapter file, and checks all of it against a model.
+
+    Returns:
+        `(plans, others)`: a list of `(layer, description, arrays)`, and one of
+        `(variable, array)`.
+    """
+    tensors, metadata = _adapter_file.read(filepath)
+    by_path = {}
+    for layer in _keras.flatten_layers(model):
+        by_path.setdefault(layer.path, []).append(layer)
+    plans = []
+    for saved in _descriptions(metadata, filepath):
+        layer = _find_layer(saved["path"], by_path, filepath)
+        arrays = _take(tensors, f"{saved['path']}/")
+        _check_fits(layer, saved, arrays, filepath)
+        plans.append((layer, saved, arrays))
+    variables = {v.path: v for v in model.variables}
+    others = _take(tensors, f"{TRAINABLE}/")
+    for path, array in others.items():
+        _check_variable(variables.get(path), path, array, filepath)
+    return plans, [(variables[path], array) for path, array in others.items()]
 
 
 @contextlib.contextmanager
@@ -294,6 +318,42 @@ def _check_paths(paths, what):
         )
 
 
+def _descriptions(metadata, filepath):
+    """What a file says of its layers; its checksum is no proof of sense."""
+
+    def refuse(what):
+        raise ValueError(
+            f"The metadata of {str(filepath)!r} make no sense: {what}. Write "
+            "it again with `keras_srlora.save_adapter`."
+        )
+
+    layers = metadata.get("layers") if isinstance(metadata, dict) else None
+    if not isinstance(layers, list) or not layers:
+        refuse("they name no layers")
+    for saved in layers:
+        if not isinstance(saved, dict) or set(saved) != set(DESCRIPTION):
+            refuse(f"a layer must have the fields {sorted(DESCRIPTION)}")
+        for name, types in DESCRIPTION.items():
+            if not isinstance(saved[name], types):
+                refuse(f"{name}={saved[name]!r}")
+        numbers = saved["fingerprint"]
+        if len(numbers) != 16 or not all(
+            isinstance(x, float) and np.isfinite(x) for x in numbers
+        ):
+            refuse(f"fingerprint={numbers!r}")
+        try:
+            get_recipe(saved["recipe"])
+            check_arguments(
+                saved["rank"], saved["target_rank"], saved["lora_alpha"], "auto"
+            )
+        except ValueError as error:
+            refuse(str(error))
+    paths = [saved["path"] for saved in layers]
+    if len(set(paths)) < len(paths):
+        refuse("a layer is named twice")
+    return layers
+
+
 def _find_layer(path, by_path, filepath):
     found = by_path.get(path, [])
     if len(found) != 1:
@@ -353,6 +413,12 @@ def _pretrained_matrix(layer):
 
 
 def _check_arrays(kernel_shape, saved, arrays, file):
+    if saved["target_rank"] > min(kernel_shape):
+        raise ValueError(
+            f"{file!r} does not fit layer {saved['path']!r}: its target_rank "
+            f"is {saved['target_rank']}, above the smaller side of the kernel, "
+            f"which is {kernel_shape[0]} x {kernel_shape[1]} as a matrix."
+        )
     expected = _shapes(
         saved["rank"],
         *kernel_shape,

@@ -244,7 +244,7 @@ def test_a_keras_hub_backbone(path):
         )
     keras_srlora.save_adapter(bert, path)
     fresh = backbone()
-    assert np.abs(outputs(fresh) - outputs(bert)).max() > 1e-2
+    assert np.abs(outputs(fresh) - outputs(bert)).max() > 1e-3
     assert len(keras_srlora.load_adapter(fresh, path)) == len(layers) == 12
     np.testing.assert_allclose(outputs(fresh), outputs(bert), atol=1e-5)
     assert len(fresh.trainable_variables) == 24

@@ -83,7 +83,7 @@ def test_stock_keras_hub_computes_the_same(recipe, tmp_path):
     assert error == 0.0
     stock = backbone()
     stock.enable_lora(rank, target_layer_names=names)
-    assert np.abs(outputs(stock) - outputs(bert)).max() > 1e-2
+    assert np.abs(outputs(stock) - outputs(bert)).max() > 1e-3
     stock.load_lora_weights(path)
     np.testing.assert_allclose(outputs(stock), outputs(bert), atol=1e-4)
 
