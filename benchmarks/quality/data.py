@@ -164,7 +164,8 @@ def newsgroups(part):
     path = folder / f"20newsgroups-{part}.tab"
     csv.field_size_limit(10**9)
     with open(path, encoding="utf-8") as file:
-        rows = list(csv.reader(file, delimiter="\t"))[3:]
+        # Three rows of headers; lines may be empty.
+        rows = [row for row in csv.reader(file, delimiter="\t") if row][3:]
     classes = sorted({row[0] for row in rows})
     labels = np.array([classes.index(row[0]) for row in rows], "int32")
     return shuffled([row[1] for row in rows], labels)
