@@ -9,6 +9,7 @@ from keras import ops
 from keras_srlora import _adapter_file
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
+from keras_srlora._layer import FACTORS
 from keras_srlora._layers import srlora_layers
 from keras_srlora._recipes import get_recipe
 from keras_srlora._state import AdapterState
@@ -29,7 +30,6 @@ DESCRIPTION = {
     "recipe": dict,
     "fingerprint": list,
 }
-FACTORS = ("lora_kernel_a", "lora_kernel_b")
 TRAINABLE = "trainable"
 
 

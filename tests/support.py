@@ -52,6 +52,32 @@ def two_layer_model(rng, rank=4, **kwargs):
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
 
 
+def tiny_bert():
+    """A KerasHub backbone, of the same weights each time."""
+    import keras_hub
+
+    keras.utils.set_random_seed(7)
+    return keras_hub.models.BertBackbone(
+        vocabulary_size=50,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=24,
+        max_sequence_length=6,
+    )
+
+
+def bert_outputs(bert):
+    """What it makes of the tokens 0 to 11."""
+    ids = np.arange(12).reshape(2, 6)
+    inputs = {
+        "token_ids": ids,
+        "segment_ids": np.zeros_like(ids),
+        "padding_mask": np.ones_like(ids),
+    }
+    return to_numpy(bert(inputs)["sequence_output"])
+
+
 def regression_data(rng, samples=64, inputs=12, outputs=3):
     x = rng.standard_normal((samples, inputs)).astype("float32")
     y = x @ rng.standard_normal((inputs, outputs)).astype("float32")

@@ -7,8 +7,10 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from support import bert_outputs
 from support import effective
 from support import regression_data
+from support import tiny_bert
 from support import to_numpy
 
 import keras_srlora
@@ -207,29 +209,8 @@ def test_files_are_written_whole_or_not_at_all(path, monkeypatch):
 
 
 def test_a_keras_hub_backbone(path):
-    keras_hub = pytest.importorskip("keras_hub")
-
-    def backbone():
-        keras.utils.set_random_seed(7)
-        return keras_hub.models.BertBackbone(
-            vocabulary_size=50,
-            num_layers=2,
-            num_heads=2,
-            hidden_dim=8,
-            intermediate_dim=16,
-            max_sequence_length=6,
-        )
-
-    def outputs(bert):
-        ids = np.arange(12).reshape(2, 6)
-        inputs = {
-            "token_ids": ids,
-            "segment_ids": np.zeros_like(ids),
-            "padding_mask": np.ones_like(ids),
-        }
-        return to_numpy(bert(inputs)["pooled_output"])
-
-    bert = backbone()
+    pytest.importorskip("keras_hub")
+    bert = tiny_bert()
     layers = keras_srlora.enable_srlora(bert, rank=2)
     rng = np.random.default_rng(0)
     for step, layer in enumerate(layers):
@@ -243,10 +224,12 @@ def test_a_keras_hub_backbone(path):
             step,
         )
     keras_srlora.save_adapter(bert, path)
-    fresh = backbone()
-    assert np.abs(outputs(fresh) - outputs(bert)).max() > 1e-3
+    fresh = tiny_bert()
+    assert np.abs(bert_outputs(fresh) - bert_outputs(bert)).max() > 1e-3
     assert len(keras_srlora.load_adapter(fresh, path)) == len(layers) == 12
-    np.testing.assert_allclose(outputs(fresh), outputs(bert), atol=1e-5)
+    np.testing.assert_allclose(
+        bert_outputs(fresh), bert_outputs(bert), atol=1e-5
+    )
     assert len(fresh.trainable_variables) == 24
 
 

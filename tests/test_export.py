@@ -5,7 +5,9 @@ import json
 import keras
 import numpy as np
 import pytest
+from support import bert_outputs
 from support import effective
+from support import tiny_bert
 from support import to_numpy
 
 import keras_srlora
@@ -14,32 +16,9 @@ from keras_srlora._recipes import RECIPES
 keras_hub = pytest.importorskip("keras_hub")
 
 
-def backbone():
-    """The same weights each time."""
-    keras.utils.set_random_seed(7)
-    return keras_hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=24,
-        max_sequence_length=6,
-    )
-
-
-def outputs(bert):
-    ids = np.arange(12).reshape(2, 6)
-    inputs = {
-        "token_ids": ids,
-        "segment_ids": np.zeros_like(ids),
-        "padding_mask": np.ones_like(ids),
-    }
-    return to_numpy(bert(inputs)["sequence_output"])
-
-
 def adapted(names=None, recipe="paper", rank=2):
     """A backbone after two recompositions, with factors as if trained."""
-    bert = backbone()
+    bert = tiny_bert()
     layers = keras_srlora.enable_srlora(
         bert, rank=rank, target_layer_names=names, recipe=recipe
     )
@@ -66,7 +45,7 @@ def train_a_little(layers, rank):
 @pytest.mark.parametrize("recipe", ["paper", RECIPES["lora_restarts"]])
 def test_the_whole_update_is_a_product_of_two_factors(recipe):
     _, layers = adapted(recipe=recipe)
-    plain = {layer.path: layer for layer in backbone()._flatten_layers()}
+    plain = {layer.path: layer for layer in tiny_bert()._flatten_layers()}
     for layer in layers:
         a, b = layer.update_factors()
         assert len(a) == len(b) <= 2 * layer.direction_count
@@ -81,20 +60,24 @@ def test_stock_keras_hub_computes_the_same(recipe, tmp_path):
     path = tmp_path / "adapter.lora.h5"
     rank, names, error = keras_srlora.export_lora(bert, path)
     assert error == 0.0
-    stock = backbone()
+    stock = tiny_bert()
     stock.enable_lora(rank, target_layer_names=names)
-    assert np.abs(outputs(stock) - outputs(bert)).max() > 1e-3
+    assert np.abs(bert_outputs(stock) - bert_outputs(bert)).max() > 1e-3
     stock.load_lora_weights(path)
-    np.testing.assert_allclose(outputs(stock), outputs(bert), atol=1e-4)
+    np.testing.assert_allclose(
+        bert_outputs(stock), bert_outputs(bert), atol=1e-4
+    )
 
 
 def test_query_and_value_load_without_more(tmp_path):
     bert, _ = adapted(names=["query", "value"])
     path = tmp_path / "adapter.lora.h5"
     keras_srlora.export_lora(bert, path)
-    stock = backbone()
+    stock = tiny_bert()
     stock.load_lora_weights(path)
-    np.testing.assert_allclose(outputs(stock), outputs(bert), atol=1e-4)
+    np.testing.assert_allclose(
+        bert_outputs(stock), bert_outputs(bert), atol=1e-4
+    )
 
 
 def test_a_layer_of_the_same_name_that_was_not_adapted(tmp_path):
@@ -103,10 +86,12 @@ def test_a_layer_of_the_same_name_that_was_not_adapted(tmp_path):
     path = tmp_path / "adapter.lora.h5"
     rank, names, _ = keras_srlora.export_lora(bert, path)
     assert names == ["query"]
-    stock = backbone()
+    stock = tiny_bert()
     stock.enable_lora(rank, target_layer_names=names)
     stock.load_lora_weights(path)
-    np.testing.assert_allclose(outputs(stock), outputs(bert), atol=1e-4)
+    np.testing.assert_allclose(
+        bert_outputs(stock), bert_outputs(bert), atol=1e-4
+    )
 
 
 def test_a_smaller_rank_keeps_the_best_and_says_what_it_cut(tmp_path):
@@ -114,12 +99,12 @@ def test_a_smaller_rank_keeps_the_best_and_says_what_it_cut(tmp_path):
     path = tmp_path / "adapter.lora.h5"
     rank, names, error = keras_srlora.export_lora(bert, path, rank=2)
     assert rank == 2
-    stock = backbone()
+    stock = tiny_bert()
     stock.enable_lora(rank, target_layer_names=names)
     stock.load_lora_weights(path)
     pretrained = {
         x.path: x.kernel
-        for x in backbone()._flatten_layers()
+        for x in tiny_bert()._flatten_layers()
         if hasattr(x, "kernel")
     }
     here = {x.path: x for x in stock._flatten_layers()}
@@ -152,7 +137,7 @@ def test_bad_input_is_refused(name, kwargs, message, tmp_path):
 
 def test_a_backbone_without_srlora_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no SRLoRA layer"):
-        keras_srlora.export_lora(backbone(), tmp_path / "a.lora.h5")
+        keras_srlora.export_lora(tiny_bert(), tmp_path / "a.lora.h5")
 
 
 # PEFT, on Hugging Face's models of the same weights.
@@ -240,7 +225,7 @@ def hugging_face_bert(bert):
     return fill(transformers().BertModel(config), tensors)
 
 
-def bert_outputs(model):
+def hugging_face_outputs(model):
     import torch
 
     with torch.no_grad():
@@ -255,9 +240,9 @@ theirs_warn = pytest.mark.filterwarnings("default")
 @theirs_warn
 @pytest.mark.parametrize("recipe", ["paper", RECIPES["lora_restarts"]])
 def test_peft_on_a_hugging_face_bert_computes_the_same(recipe, tmp_path):
-    theirs = hugging_face_bert(backbone())
+    theirs = hugging_face_bert(tiny_bert())
     np.testing.assert_allclose(
-        bert_outputs(theirs), outputs(backbone()), atol=1e-5
+        hugging_face_outputs(theirs), bert_outputs(tiny_bert()), atol=1e-5
     )
     ours, _ = adapted(recipe=recipe)
     rank, error = keras_srlora.export_peft(ours, tmp_path / "adapter")
@@ -266,7 +251,9 @@ def test_peft_on_a_hugging_face_bert_computes_the_same(recipe, tmp_path):
     assert config["r"] == config["lora_alpha"] == rank
     peft = pytest.importorskip("peft")
     adapter = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    np.testing.assert_allclose(bert_outputs(adapter), outputs(ours), atol=1e-4)
+    np.testing.assert_allclose(
+        hugging_face_outputs(adapter), bert_outputs(ours), atol=1e-4
+    )
 
 
 def vit():
