@@ -443,9 +443,10 @@ def _check_arrays(kernel_shape, saved, arrays, file):
                 f"layer {saved['path']!r} must be finite numbers of shape "
                 f"{shape}. Received: {received}"
             )
-    for name in ("kept", "slot_direction"):
-        indices = np.append(arrays[name], -1)
-        if not (indices.min() >= -1 and indices.max() < saved["target_rank"]):
+    # A slot without a direction has -1.
+    for name, lowest in {"kept": 0, "slot_direction": -1}.items():
+        indices = np.append(arrays[name], lowest)
+        if not lowest <= indices.min() <= indices.max() < saved["target_rank"]:
             raise ValueError(
                 f"{file!r} does not hold what its metadata say: `{name}` of "
                 f"layer {saved['path']!r} names directions that do not exist."

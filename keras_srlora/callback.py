@@ -101,7 +101,9 @@ class RecompositionCallback(keras.callbacks.Callback):
         self.fusion_ratio = fusion_ratio
         self.beta1 = beta1
         self.beta2 = beta2
-        self.recipe = None if recipe is None else get_recipe(recipe)
+        # `recipe` becomes that of a run; the next starts from the argument.
+        self._given_recipe = None if recipe is None else get_recipe(recipe)
+        self.recipe = self._given_recipe
         self.verbose = verbose
         self.record = []
 
@@ -122,7 +124,9 @@ class RecompositionCallback(keras.callbacks.Callback):
     def set_model(self, model):
         super().set_model(model)
         self._layers = srlora_layers(model)
-        recipe = _choose_recipe(self._layers, self.recipe, self.fusion_ratio)
+        recipe = _choose_recipe(
+            self._layers, self._given_recipe, self.fusion_ratio
+        )
         self._check(model, recipe)
         self.recipe = recipe
         for layer in self._layers:

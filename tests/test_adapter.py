@@ -337,6 +337,8 @@ def test_a_later_format(path, monkeypatch):
         ("hidden/lora_kernel_b", np.zeros((2, 16), "int64")),
         ("hidden/left", np.full((16, 12), np.nan, "float32")),
         ("hidden/kept", np.full(12, 99)),
+        ("hidden/kept", np.full(12, -1)),
+        ("hidden/slot_direction", np.full(2, -2)),
         ("hidden/used", None),
     ],
 )

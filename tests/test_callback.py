@@ -134,6 +134,17 @@ def test_an_epoch_of_unknown_size_is_learned(rng):
     assert steps_of(callback) == [14, 20, 26]
 
 
+def test_an_epoch_is_learned_from_calls_that_overtake_each_other(rng):
+    class Overtaken(RecompositionCallback):
+        def on_train_batch_end(self, batch, logs=None):
+            # Keras's threads may deliver the 8 of an epoch in any order.
+            super().on_train_batch_end(7 - batch, logs)
+
+    callback = Overtaken()
+    fit_stream(compiled(rng), regression_data(rng), callback, epochs=4)
+    assert steps_of(callback) == [14, 20, 26]
+
+
 def test_a_single_epoch_of_unknown_size_says_so(rng):
     model, data = compiled(rng), regression_data(rng)
     callback = RecompositionCallback()

@@ -197,6 +197,14 @@ def test_the_callback_gives_the_layers_its_recipe(rng):
     assert callback.record
 
 
+def test_a_callback_follows_each_model_that_it_is_used_on(rng):
+    callback = RecompositionCallback()
+    for recipe in (Recipe(), Recipe(start="lora", selection="oldest")):
+        _, layer = run(rng, recipe, callback)
+        assert layer.recipe == callback.recipe == recipe
+        assert callback.record
+
+
 def test_layers_that_started_otherwise_are_refused(rng):
     model = two_layer_model(rng, recipe="lora_restarts")
     keras_srlora.initialize_factors(model)
