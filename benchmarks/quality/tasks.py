@@ -69,6 +69,19 @@ def classification():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+def pretrained(make, path):
+    """Returns `build`: pretrained weights under the new head of a seed."""
+
+    def build(seed):
+        model = make(seed)
+        head = model.get_layer("head").get_weights()
+        model.load_weights(path)
+        model.get_layer("head").set_weights(head)
+        return model
+
+    return build
+
+
 # (a) An MLP pretrained on clothes, adapted to digits.
 
 HIDDEN = ["hidden_1", "hidden_2", "hidden_3"]
@@ -99,16 +112,9 @@ def digits():
     """6,000 digits to train on; minutes for a whole table."""
     folder = data.fetched("mlp-fashion-mnist", pretrain_mlp)
 
-    def build(seed):
-        model = mlp(seed)
-        head = model.get_layer("head").get_weights()
-        model.load_weights(folder / "mlp.weights.h5")
-        model.get_layer("head").set_weights(head)
-        return model
-
     x, y = data.mnist()
     return Task(
-        build=build,
+        build=pretrained(mlp, folder / "mlp.weights.h5"),
         targets=HIDDEN,
         splits=split(
             x.reshape(-1, 784), y, train=6000, validation=1000, test=3000
@@ -186,16 +192,9 @@ def vit_digits():
     """4,800 digits to train on."""
     folder = data.fetched("vit-fashion-mnist", pretrain_vit)
 
-    def build(seed):
-        model = vit(seed)
-        head = model.get_layer("head").get_weights()
-        model.load_weights(folder / "vit.weights.h5")
-        model.get_layer("head").set_weights(head)
-        return model
-
     x, y = data.mnist()
     return Task(
-        build=build,
+        build=pretrained(vit, folder / "vit.weights.h5"),
         targets=VIT_TARGETS,
         splits=split(as_rgb(x), y, train=4800, validation=1200, test=4000),
         loss=classification(),
