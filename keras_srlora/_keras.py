@@ -31,6 +31,18 @@ def unique_name(class_name):
     return prefix if count == 1 else f"{prefix}_{count - 1}"
 
 
+def config_lists_layers(layer):
+    """Whether the config of a layer has those of all layers inside of it.
+
+    That of a functional or sequential model has, unless a subclass overrides
+    it. Keras exports no class for functional models.
+    """
+    own = type(layer).get_config
+    return own is keras.Sequential.get_config or (
+        own.__module__ == "keras.src.models.functional"
+    )
+
+
 def own_variables(layer):
     """The trainable variables of a layer itself, without its sublayers'.
 
@@ -122,6 +134,32 @@ def output_layers(model):
         for output in keras.tree.flatten(getattr(model, "outputs", None) or [])
     }
     return [layer for layer in model.layers if id(layer) in made_by]
+
+
+def seed_states(model):
+    """The states of all seed generators inside a model, in order.
+
+    `Layer.variables` has them, but does not say which they are. Private:
+    `Layer._seed_generators`.
+    """
+    return [
+        generator.state
+        for layer in flatten_layers(model)
+        for generator in layer._seed_generators
+    ]
+
+
+def get_initial_epoch(model):
+    """Epoch at which a restored `fit` begins, or `None`.
+
+    `BackupAndRestore` says it there. Private: `Trainer._initial_epoch`.
+    """
+    return model._initial_epoch
+
+
+def set_initial_epoch(model, epoch):
+    """Sets what `get_initial_epoch` returns, before the first epoch begins."""
+    model._initial_epoch = epoch
 
 
 def micro_batches_seen(optimizer):

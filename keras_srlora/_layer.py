@@ -279,7 +279,7 @@ class SRLoRALayer:
             kernel, self.direction_count, self.decomposition
         )
         fresh = AdapterState.start(directions, self.rank)
-        self._adapter = fresh.with_statistics_of(self._adapter)
+        self._adapter = fresh.with_variables_of(self._adapter)
         scale = self.recipe["start"]
         if scale is not None:
             leading = np.arange(self.rank)
@@ -352,43 +352,57 @@ class SRLoRALayer:
         self._assign_matrix(ops.subtract(pretrained, self._taken_out(state)))
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
-        self._adapter = state.with_statistics_of(self._adapter)
+        self._adapter = state.with_variables_of(self._adapter)
 
     def _assign_matrix(self, matrix):
         kernel = _keras.stored_kernel(self)
         kernel.assign(ops.cast(self.shape_as_kernel(matrix), kernel.dtype))
 
-    def check_directions(self):
-        """Raises `ValueError` where the kernel is not the decomposed one.
+    def find_record(self):
+        """How much of the record belongs to the kernel that the layer has.
 
-        `uᵀ W v` of each direction is known from the record: its singular
-        value, less what was subtracted, plus what was fused. Other weights
-        (assigned after the decomposition, or those of an earlier step, as
-        `EarlyStopping(restore_best_weights=True)` restores) differ.
+        `u Wᵀ` of each direction is known from the record: its singular value
+        and vector, less what was subtracted, plus what was fused. Weights of an
+        earlier step (`EarlyStopping(restore_best_weights=True)`) are those of
+        the beginning of the record.
+
+        Returns:
+            int. The number of fused pairs.
+
+        Raises:
+            ValueError: if it is the kernel of no part of the record: other
+                weights were assigned after it was decomposed.
         """
         state = self._adapter
-        found = state.directions
-        left = ops.convert_to_tensor(found.left)
+        left = ops.convert_to_tensor(state.directions.left)
         kernel = ops.cast(self._kernel_matrix(), "float32")
         image = ops.convert_to_numpy(ops.matmul(left, kernel))
-        actual = np.sum(image * found.right, axis=1)
-        fused = np.sum(
-            (found.left @ state.fused_a.T) * (found.right @ state.fused_b.T),
-            axis=1,
+        size = max(
+            np.max(np.abs(image)), np.max(state.directions.singular_values)
         )
-        expected = found.singular_values - state.anchors + self.scale * fused
-        size = max(np.max(np.abs(expected)), np.max(found.singular_values))
-        error = np.max(np.abs(actual - expected))
+        errors = {
+            count: np.max(np.abs(image - expected))
+            for count, expected in state.images(self.scale)
+        }
         # Far above rounding, a bfloat16 kernel's too, and far below a change.
-        if not error <= 1e-2 * size:
+        least = min(errors.values())
+        if not least <= 1e-2 * size:
             raise ValueError(
                 f"The kernel of layer {self.path!r} is not the one whose "
                 "directions and record the layer holds: other weights were "
-                "assigned after it was decomposed, or those of an earlier step "
-                "were restored. Call `layer.initialize_factors()` to decompose "
-                f"what the layer computes now. Received: a difference of "
-                f"{error:.3g} where at most {1e-2 * size:.3g} is rounding."
+                "assigned after it was decomposed. Call "
+                "`layer.initialize_factors()` to decompose what the layer "
+                f"computes now. Received: a difference of {least:.3g} where at "
+                f"most {1e-2 * size:.3g} is rounding."
             )
+        # The latest of those that rounding does not tell apart.
+        bound = 2 * least + 1e-6 * size
+        return max(c for c, error in errors.items() if error <= bound)
+
+    def take_back_record(self, count):
+        """Forgets what came after the first `count` fused pairs."""
+        running = self._adapter
+        self._adapter = running.taken_back(count).with_variables_of(running)
 
     def fuse_and_restart(self, slots, directions, scores, scale, step):
         """Fuses the pairs in `slots` and restarts them along `directions`.
@@ -460,10 +474,13 @@ class SRLoRALayer:
     def get_config(self):
         config = super().get_config()
         config.pop("lora_rank", None)
-        config.update({name: getattr(self, name) for name in ARGUMENTS})
+        return {**config, **self.get_arguments()}
+
+    def get_arguments(self):
+        """What SRLoRA adds to the arguments of the plain layer, for JSON."""
+        arguments = {name: getattr(self, name) for name in ARGUMENTS}
         # Its choices, not its name: what a name stands for may change.
-        config["recipe"] = self.recipe.to_dict()
-        return config
+        return {**arguments, "recipe": self.recipe.to_dict()}
 
     def set_weights(self, weights):
         """As in Keras; takes the plain layer's list too (kernel and bias).
@@ -482,7 +499,7 @@ class SRLoRALayer:
         a, b = self.factors
         a.assign(self._a_initializer()(a.shape, dtype=a.dtype))
         b.assign(ops.zeros(b.shape, dtype=b.dtype))
-        self._adapter = AdapterState().with_statistics_of(self._adapter)
+        self._adapter = AdapterState().with_variables_of(self._adapter)
 
     def _plain_variables(self):
         kernel = _keras.stored_kernel(self)
@@ -541,4 +558,4 @@ class SRLoRALayer:
         for name in FACTORS:
             getattr(self, name).assign(store[name])
         loaded = AdapterState.from_arrays({key: store[key] for key in keys})
-        self._adapter = loaded.with_statistics_of(self._adapter)
+        self._adapter = loaded.with_variables_of(self._adapter)

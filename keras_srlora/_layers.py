@@ -1,5 +1,7 @@
 """Finding the SRLoRA layers of a model."""
 
+import warnings
+
 from keras_srlora import _keras
 from keras_srlora._layer import SRLoRALayer
 
@@ -23,6 +25,33 @@ def srlora_layers(model):
         )
     # An unbuilt layer has no path yet. The sort keeps the order of equals.
     return sorted(layers, key=lambda layer: layer.path or layer.name)
+
+
+def match_records(layers):
+    """Sees to it that the layers' records are those of their kernels.
+
+    Weights that come back without their record, as `EarlyStopping(
+    restore_best_weights=True)` and `model.set_weights` bring them, are those of
+    an earlier step: what was recorded after it is forgotten, with a warning.
+
+    Raises:
+        ValueError: before anything is changed, if a kernel is none that its
+            layer ever had.
+    """
+    counts = {
+        layer: layer.find_record() for layer in layers if layer.initialized
+    }
+    late = [x for x, n in counts.items() if n < len(x.adapter_state.history)]
+    for layer in late:
+        layer.take_back_record(counts[layer])
+    if late:
+        warnings.warn(
+            f"{len(late)} SRLoRA layers have the weights of an earlier step, "
+            "as `EarlyStopping(restore_best_weights=True)` restores them: "
+            f"{[layer.path for layer in late[:3]]}. Their records were taken "
+            "back to it.",
+            stacklevel=3,
+        )
 
 
 def initialize_factors(model):

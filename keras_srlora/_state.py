@@ -11,14 +11,19 @@ import numpy as np
 from keras import ops
 
 from keras_srlora._decomposition import Directions
+from keras_srlora._random import RANDOM_NAMES
+from keras_srlora._random import RandomState
 
 # Columns of `AdapterState.history`, one row a fused pair.
 HISTORY = ("step", "slot", "score", "direction", "drift")
 NO_DIRECTION = -1
 
 
-class Schedule(NamedTuple):
+@dataclasses.dataclass
+class Schedule:
     """When a run recomposes, in steps; saved so that a resumed run goes on.
+
+    The layers of a run share one.
 
     Attributes:
         interval: steps between two recompositions, not always whole; 0 before
@@ -26,12 +31,24 @@ class Schedule(NamedTuple):
         origin: step from which the intervals are counted.
         epoch_steps: steps of an epoch; 0 while unknown.
         recomposed_at: step of the last recomposition, or the origin.
+        begun: step of the batch that began last, -1 before the first. What is
+            saved is the state after it.
     """
 
     interval: float = 0.0
     origin: int = 0
     epoch_steps: int = 0
     recomposed_at: int = 0
+    begun: int = -1
+
+    def epochs_done(self, steps, steps_per_execution=1):
+        """Epochs behind the state that was saved with this.
+
+        `None` in the middle of an epoch. `steps`: those of an epoch.
+        """
+        epoch, place = divmod(self.begun, steps)
+        last = (steps - 1) // steps_per_execution * steps_per_execution
+        return epoch + 1 if place >= last else None
 
     def is_due(self, step):
         if not self.interval:
@@ -76,6 +93,8 @@ class AdapterState:
         history: float64, `(m, 5)`, with columns `HISTORY`.
         schedule: `Schedule` of the run.
         statistics: `Statistics`, or `None` before the first run.
+        random: `RandomState` of the model, or the arrays of one that were
+            loaded; with the first layer of a run alone. `None` before a run.
     """
 
     directions: Directions | None = None
@@ -86,8 +105,9 @@ class AdapterState:
     fused_a: np.ndarray | None = None
     fused_b: np.ndarray | None = None
     history: np.ndarray | None = None
-    schedule: Schedule = Schedule()
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
     statistics: Statistics | None = None
+    random: RandomState | dict | None = None
 
     @classmethod
     def start(cls, directions, rank):
@@ -113,18 +133,82 @@ class AdapterState:
         """Indices of the directions that no pair started along yet."""
         return np.flatnonzero(~self.used)
 
+    def images(self, scale):
+        """What `left @ kernel` was after each recomposition, latest first.
+
+        Yields:
+            `(m, image)`: how many pairs were fused by then, and a float32 array
+            of shape `(t, out)`.
+        """
+        found, history = self.directions, self.history
+        remaining = found.singular_values - self.anchors
+        image = remaining[:, None] * found.right + scale * (
+            (found.left @ self.fused_a.T) @ self.fused_b
+        )
+        end = len(history)
+        yield end, image
+        while end:
+            begin = int(np.argmax(history[:, 0] == history[end - 1, 0]))
+            fused = slice(begin, end)
+            image = image - scale * (
+                (found.left @ self.fused_a[fused].T) @ self.fused_b[fused]
+            )
+            restarted = history[fused, HISTORY.index("direction")].astype(int)
+            image[restarted] += (
+                self.anchors[restarted, None] * found.right[restarted]
+            )
+            end = begin
+            yield end, image
+
+    def taken_back(self, count):
+        """The state when the first `count` pairs were fused."""
+        step, slot, direction = (
+            self.history[:, HISTORY.index(name)].astype("int64")
+            for name in ("step", "slot", "direction")
+        )
+        undone = direction[count:]
+        anchors, used = self.anchors.copy(), self.used.copy()
+        anchors[undone], used[undone] = 0.0, False
+        first = np.setdiff1d(np.flatnonzero(used), direction)
+        slot_direction = np.full_like(self.slot_direction, NO_DIRECTION)
+        slot_direction[: len(first)] = first
+        slot_started = np.zeros_like(self.slot_started)
+        for i in range(count):
+            slot_direction[slot[i]], slot_started[slot[i]] = (
+                direction[i],
+                step[i],
+            )
+        return dataclasses.replace(
+            self,
+            anchors=anchors,
+            used=used,
+            slot_direction=slot_direction,
+            slot_started=slot_started,
+            fused_a=self.fused_a[:count],
+            fused_b=self.fused_b[:count],
+            history=self.history[:count],
+            # Of pairs that came later.
+            statistics=None,
+        )
+
     def to_arrays(self):
         """Everything as `{name: array}`; empty before initialisation."""
         if not self.initialized:
             return {}
+        apart = ("directions", "schedule", "statistics", "random")
         arrays = {
             field.name: np.asarray(getattr(self, field.name))
             for field in dataclasses.fields(self)
-            if field.name not in ("directions", "statistics")
+            if field.name not in apart
         }
         arrays.update(self.directions._asdict())
+        arrays["schedule"] = np.array(dataclasses.astuple(self.schedule), "f8")
         if self.statistics is not None:
             arrays.update(_as_arrays(self.statistics))
+        if isinstance(self.random, RandomState):
+            arrays.update(self.random.to_arrays())
+        elif self.random is not None:
+            arrays.update(self.random)
         # h5py has no NumPy bool in every version that Keras supports.
         arrays["used"] = arrays["used"].astype("int8")
         return arrays
@@ -145,31 +229,48 @@ class AdapterState:
                 array = np.array(arrays[field.name])
                 setattr(state, field.name, array)
         state.used = state.used.astype("bool")
-        interval, *steps = map(float, state.schedule)
-        state.schedule = Schedule(interval, *map(int, steps))
+        random = {
+            name: np.array(arrays[name])
+            for name in RANDOM_NAMES
+            if name in arrays
+        }
+        state.random = random or None
+        if "schedule" in arrays:
+            interval, *steps = map(float, arrays["schedule"])
+            state.schedule = Schedule(interval, *map(int, steps))
         if Statistics._fields[0] in arrays:
             state.statistics = Statistics(
                 *(np.array(arrays[name]) for name in Statistics._fields)
             )
         return state
 
-    def with_statistics_of(self, running):
+    def with_variables_of(self, running):
         """Takes over the variables of a run that goes on with this state.
 
         A checkpoint that is loaded during `fit` must reach the statistics that
-        the compiled step updates.
+        the compiled step updates, and the seeds that it draws from.
         """
-        if running.statistics is None or self.statistics is running.statistics:
+        if self is running:
             return self
-        if isinstance(running.statistics.average_a, np.ndarray):
-            return self
-        for name, variable in running.statistics._asdict().items():
-            value = getattr(self.statistics, name, None)
-            variable.assign(
-                np.zeros(variable.shape, "float32") if value is None else value
-            )
-        self.statistics = running.statistics
+        held = running.statistics
+        if held is not None and not isinstance(held[0], np.ndarray):
+            for name, variable in held._asdict().items():
+                value = getattr(self.statistics, name, None)
+                variable.assign(
+                    np.zeros(variable.shape, "float32")
+                    if value is None
+                    else value
+                )
+            self.statistics = held
+        if isinstance(running.random, RandomState):
+            self.attach_random(running.random)
         return self
+
+    def attach_random(self, random):
+        """Lets the generators of a model go on where a file left them."""
+        if isinstance(self.random, dict):
+            random.restore(self.random)
+        self.random = random
 
     def detach_statistics(self):
         """Turns variables into arrays, which outlive the run's optimizer."""

@@ -9,11 +9,12 @@ from keras import ops
 from keras_srlora import _adapter_file
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
+from keras_srlora._converted import PLAIN
 from keras_srlora._layer import FACTORS
+from keras_srlora._layers import match_records
 from keras_srlora._layers import srlora_layers
 from keras_srlora._recipes import get_recipe
 from keras_srlora._state import AdapterState
-from keras_srlora.convert import PLAIN
 from keras_srlora.convert import check_convertible
 from keras_srlora.convert import convert_plain
 from keras_srlora.convert import plain_matrix
@@ -71,6 +72,8 @@ def save_adapter(model, filepath, include_trainable=False):
                 "there is nothing to save. Train first, or call "
                 "`keras_srlora.initialize_factors(model)`."
             )
+    match_records(layers)
+    for layer in layers:
         for name, array in _layer_arrays(layer).items():
             tensors[f"{layer.path}/{name}"] = array
         described.append(_describe(layer))
@@ -119,6 +122,7 @@ def load_adapter(model, filepath):
     """
     plans, others = read_checked(model, filepath)
     plain = [(layer, saved) for layer, saved, _ in plans if _is_plain(layer)]
+    match_records([x for x, _, _ in plans if not _is_plain(x)])
     convert_plain(
         model,
         [layer for layer, _ in plain],
@@ -178,6 +182,7 @@ def adapter_disabled(model):
     ```
     """
     layers = srlora_layers(model)
+    match_records(layers)
     variables = [
         variable
         for layer in layers

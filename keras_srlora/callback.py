@@ -8,12 +8,15 @@ import keras
 from keras_srlora import _keras
 from keras_srlora._checks import check_fraction
 from keras_srlora._layers import initialize_factors
+from keras_srlora._layers import match_records
 from keras_srlora._layers import srlora_layers
+from keras_srlora._random import RandomState
 from keras_srlora._recipes import get_recipe
 from keras_srlora._state import Schedule
 from keras_srlora.optimizer import SensitivityOptimizer
 from keras_srlora.optimizer import check_optimizer
 from keras_srlora.optimizer import check_trains
+from keras_srlora.optimizer import put_in_place
 from keras_srlora.recomposition import pairs_per_recomposition
 from keras_srlora.recomposition import recompose
 from keras_srlora.recomposition import remaining_recompositions
@@ -124,6 +127,7 @@ class RecompositionCallback(keras.callbacks.Callback):
     def set_model(self, model):
         super().set_model(model)
         self._layers = srlora_layers(model)
+        self._schedule = self._layers[0].adapter_state.schedule
         recipe = _choose_recipe(
             self._layers, self._given_recipe, self.fusion_ratio
         )
@@ -157,12 +161,12 @@ class RecompositionCallback(keras.callbacks.Callback):
                     f"Received: layer.trainable={layer.trainable}"
                 )
             if layer.initialized:
-                layer.check_directions()
                 _check_start(layer, recipe)
         _, inner = _split_optimizer(model)
         check_optimizer(inner, model)
         if inner.built:
             check_trains(inner, self._layers)
+        match_records(self._layers)
 
     def on_train_begin(self, logs=None):
         self.record = []
@@ -170,11 +174,15 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._epoch_steps = (self.params or {}).get("steps")
         self._step = None
         self._said_exhausted = False
+        if self._was_restored():
+            self._begin_where_the_weights_are()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._step is None:
             # `initial_epoch` is not among the parameters; the first epoch is.
             self._begin_run(epoch)
+        # A file that was loaded since the last epoch has one of its own.
+        self._set_schedule(self._schedule)
         self._epoch_start = self._step
         self._events_before = len(self.record)
         self._batches_ended = []
@@ -193,14 +201,14 @@ class RecompositionCallback(keras.callbacks.Callback):
         if not _is_wrapped_by(self._model, self._optimizer):
             received = self._model.optimizer
             # On JAX the state of the run is about to be written back.
-            _put_in_place(self._model, self._outer_optimizer, self._optimizer)
+            put_in_place(self._model, self._outer_optimizer, self._optimizer)
             raise RuntimeError(
                 "The optimizer of the model was replaced during the run, so "
                 "that its pairs are no longer scored. Compile before `fit`, "
                 "not in a callback. "
                 f"Received: model.optimizer={received!r}"
             )
-        self._step = self._epoch_start + batch
+        self._step = self._schedule.begun = self._epoch_start + batch
         if self._schedule.is_due(self._step) and self._step < self._last_step():
             self._recompose()
 
@@ -214,6 +222,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         if learned:
             self._epoch_steps = max(self._batches_ended) + 1
         self._step = self._epoch_start + self._epoch_steps
+        self._schedule.epoch_steps = self._epoch_steps
         if learned and not self._schedule.interval:
             self._make_schedule()
         if logs is not None:
@@ -229,15 +238,65 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     # The schedule.
 
-    def _begin_run(self, first_epoch):
+    def _was_restored(self):
+        """Whether another callback, `BackupAndRestore`, has loaded a state."""
+        held = self._layers[0].adapter_state.schedule
+        return held is not self._schedule and held.begun >= 0
+
+    def _begin_where_the_weights_are(self):
+        """Mends a backup whose weights are newer than its epoch number.
+
+        Keras writes them one after the other, and may be killed in between.
+        """
         saved = self._layers[0].adapter_state.schedule
         steps = self._epoch_steps or saved.epoch_steps
+        epoch = _keras.get_initial_epoch(self._model)
+        if epoch is None or not steps:
+            # Loaded by a callback that restores no epoch: a run of its own.
+            return
+        done = saved.epochs_done(steps, self._steps_per_execution())
+        if done is not None and done != epoch:
+            _keras.set_initial_epoch(self._model, done)
+            self._say(
+                f"The restored weights are those after epoch {done}, the "
+                f"restored epoch number is {epoch}: the run was interrupted "
+                f"between the two writes. `fit` goes on after epoch {done}."
+            )
+
+    def _steps_per_execution(self):
+        return getattr(self._model, "steps_per_execution", None) or 1
+
+    def _begin_run(self, first_epoch):
+        state = self._layers[0].adapter_state
+        saved = state.schedule
+        goes_on = saved.begun >= 0 and (first_epoch > 0 or self._was_restored())
+        steps = self._epoch_steps or saved.epoch_steps
+        if goes_on and not steps and first_epoch:
+            # Saved before the callback could learn it.
+            steps = (saved.begun + 1) // first_epoch
+        self._epoch_steps = steps
         self._step = first_epoch * steps
-        self._schedule = Schedule(origin=self._step, recomposed_at=self._step)
-        if first_epoch > 0 and saved.interval:
+        self._set_schedule(
+            Schedule(origin=self._step, recomposed_at=self._step)
+        )
+        state.attach_random(RandomState(self._model))
+        same_epochs = steps and saved.epoch_steps in (0, steps)
+        done = None
+        if goes_on and same_epochs:
+            done = saved.epochs_done(steps, self._steps_per_execution())
+            if done != first_epoch:
+                self._say_where(saved, done, first_epoch, steps)
+        if (
+            goes_on
+            and same_epochs
+            and saved.interval
+            and (first_epoch > 0 or done is None)
+        ):
             # The run that was interrupted goes on.
             interval = float(self.interval or saved.interval)
-            self._set_schedule(saved._replace(interval=interval))
+            self._set_schedule(
+                dataclasses.replace(saved, interval=interval, epoch_steps=steps)
+            )
         elif steps or self.interval:
             self._make_schedule()
         elif self._epochs - first_epoch == 1:
@@ -247,6 +306,23 @@ class RecompositionCallback(keras.callbacks.Callback):
                 "be recomposed. Pass `RecompositionCallback(interval=...)` or "
                 "`fit(steps_per_epoch=...)`."
             )
+
+    def _say_where(self, saved, done, first_epoch, steps):
+        """Weights that are not those of the first epoch's begin."""
+        self._say(
+            f"`fit` begins with epoch {first_epoch}, at step "
+            f"{first_epoch * steps}, but the weights were saved after step "
+            f"{saved.begun + 1}: "
+            + (
+                "in the middle of an epoch, which Keras begins again with its "
+                "first batch, so that batches are seen twice. To resume "
+                "exactly, save at the end of epochs: "
+                '`BackupAndRestore(save_freq="epoch")`.'
+                if done is None
+                else f"pass `initial_epoch={done}`. After `BackupAndRestore`, "
+                "list this callback behind it, which then sees to it."
+            )
+        )
 
     def _make_schedule(self):
         """Spreads what is left to do over what is left of the run."""
@@ -274,7 +350,13 @@ class RecompositionCallback(keras.callbacks.Callback):
                 f"interval={self.interval}, {self.recipe}"
             )
         self._set_schedule(
-            Schedule(float(interval), self._step, steps, self._step)
+            Schedule(
+                float(interval),
+                self._step,
+                steps,
+                self._step,
+                self._schedule.begun,
+            )
         )
 
     def _shortest_interval(self):
@@ -313,7 +395,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._optimizer,
             self._step,
         )
-        self._set_schedule(self._schedule._replace(recomposed_at=self._step))
+        self._schedule.recomposed_at = self._step
         self.record.extend(events)
         if events and self.verbose:
             print(f"\n{describe(events, len(self._layers))}", flush=True)
@@ -394,7 +476,7 @@ def _split_optimizer(model):
 def _wrap_optimizer(model, layers, beta1, beta2):
     outer, inner = _split_optimizer(model)
     wrapper = SensitivityOptimizer(inner, layers, beta1, beta2)
-    _put_in_place(model, outer, wrapper)
+    put_in_place(model, outer, wrapper)
     if not model.optimizer.built:
         # TensorFlow builds an optimizer in the first step.
         model.optimizer.build(model.trainable_variables)
@@ -404,15 +486,7 @@ def _wrap_optimizer(model, layers, beta1, beta2):
 def _unwrap_optimizer(model, wrapper):
     wrapper.sensitivity.detach()
     outer, inner = _split_optimizer(model)
-    _put_in_place(model, outer, inner)
-
-
-def _put_in_place(model, outer, inner):
-    if outer is None:
-        model.optimizer = inner
-    else:
-        outer.inner_optimizer = inner
-        model.optimizer = outer
+    put_in_place(model, outer, inner)
 
 
 def _is_wrapped_by(model, wrapper):

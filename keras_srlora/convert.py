@@ -12,16 +12,13 @@ from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
 from keras_srlora._checks import check_rank
+from keras_srlora._converted import ADAPTED
+from keras_srlora._converted import PLAIN
+from keras_srlora._converted import convert_layers
+from keras_srlora._converted import inside
+from keras_srlora._converted import merge_layers
 from keras_srlora._layers import srlora_layers
 from keras_srlora._recipes import get_recipe
-from keras_srlora.dense import SRLoRADense
-from keras_srlora.einsum_dense import SRLoRAEinsumDense
-
-ADAPTED = {
-    keras.layers.Dense: SRLoRADense,
-    keras.layers.EinsumDense: SRLoRAEinsumDense,
-}
-PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
 def enable_srlora(
@@ -126,9 +123,7 @@ def merge_srlora(model):
     for layer in layers:
         kernel = _keras.stored_kernel(layer)
         kernel.assign(ops.cast(layer.effective_kernel(), kernel.dtype))
-        layer._remove_factors()
-        layer.__class__ = PLAIN[type(layer)]
-    _keras.refresh_torch_parameters(model)
+    merge_layers(model, layers)
     _keras.drop_compiled_functions(model)
     _renew_optimizer(model)
     return layers
@@ -211,9 +206,9 @@ def _default_targets(model, everything):
         if isinstance(container, keras.Model)
         for layer in container.layers
     }
-    inside = [x for x in projections if id(x) not in first_level]
-    if inside:
-        return inside
+    deeper = [x for x in projections if id(x) not in first_level]
+    if deeper:
+        return deeper
     head = {id(layer) for layer in _keras.output_layers(model)}
     if not head:
         raise ValueError(
@@ -327,7 +322,7 @@ def _freeze_base(model, targets):
     targets = {id(layer) for layer in targets}
     for part in _base_parts(model, targets):
         for layer in _keras.flatten_layers(part):
-            if not _inside(layer) & targets:
+            if not inside(layer) & targets:
                 layer.trainable = False
             elif id(layer) not in targets:
                 # Weights of its own, beside the layers that are converted.
@@ -341,7 +336,7 @@ def _base_parts(model, targets):
         return [base]
     if _is_backbone(model):
         return [model]
-    holding = [layer for layer in model.layers if _inside(layer) & targets]
+    holding = [layer for layer in model.layers if inside(layer) & targets]
     if all(isinstance(layer, keras.Model) for layer in holding):
         return holding
     head = {id(layer) for layer in _keras.output_layers(model)}
@@ -349,10 +344,6 @@ def _base_parts(model, targets):
         # A subclassed model does not say which of its layers are its head.
         return holding
     return [layer for layer in model.layers if id(layer) not in head]
-
-
-def _inside(layer):
-    return {id(x) for x in _keras.flatten_layers(layer)}
 
 
 def _is_backbone(model):
@@ -377,9 +368,5 @@ def convert_plain(model, layers, arguments):
     """
     _warn_of_outer_model(model)
     _freeze_base(model, layers)
-    for layer, of_layer in zip(layers, arguments):
-        layer.__class__ = ADAPTED[type(layer)]
-        layer._set_arguments(**of_layer)
-        layer._add_factors()
-    _keras.refresh_torch_parameters(model)
+    convert_layers(model, layers, arguments)
     _keras.drop_compiled_functions(model)

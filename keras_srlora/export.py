@@ -10,6 +10,7 @@ from keras import ops
 from keras_srlora import _keras
 from keras_srlora._adapter_file import write_tensors
 from keras_srlora._files import written_whole
+from keras_srlora._layers import match_records
 from keras_srlora._layers import srlora_layers
 
 
@@ -53,6 +54,7 @@ def export_lora(backbone, filepath, rank=None):
         )
     _check_rank(rank)
     adapted = srlora_layers(backbone)
+    match_records(adapted)
     factored = {id(layer): _unfolded_factors(layer) for layer in adapted}
     needed = max(1, *(len(s) for _, s, _ in factored.values()))
     rank = needed if rank is None else rank
@@ -113,6 +115,7 @@ def export_peft(model, directory, rank=None, modules=None, prefix=""):
     """
     _check_rank(rank)
     layers = srlora_layers(model)
+    match_records(layers)
     names = [
         prefix + _module_name(layer.path, modules or {}) for layer in layers
     ]

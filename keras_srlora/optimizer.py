@@ -141,6 +141,37 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
         )
 
 
+def put_in_place(model, outer, inner):
+    """Gives a model an optimizer, inside of a `LossScaleOptimizer` if any.
+
+    A scored optimizer in there would be saved with the statistics among its
+    variables: for the time of it the outer one saves itself as the stock one.
+    """
+    if outer is None:
+        model.optimizer = inner
+        return
+    outer.inner_optimizer = inner
+    model.optimizer = outer
+    for name in ("save_own_variables", "load_own_variables"):
+        if isinstance(inner, SensitivityOptimizer):
+            setattr(outer, name, _as_stock(outer, inner, name))
+        elif name in vars(outer):
+            delattr(outer, name)
+
+
+def _as_stock(outer, inner, name):
+    method = getattr(type(outer), name)
+
+    def call(store):
+        outer.inner_optimizer = inner.unwrap()
+        try:
+            method(outer, store)
+        finally:
+            outer.inner_optimizer = inner
+
+    return call
+
+
 def check_optimizer(optimizer, model=None):
     """Raises where restarting a pair in this optimizer cannot be right."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):

@@ -174,7 +174,7 @@ def test_schedule_counts_steps():
     schedule = Schedule(interval=2.5, origin=10, recomposed_at=10)
     due = [s for s in range(10, 21) if schedule.is_due(s)]
     assert due[0] == 13
-    schedule = schedule._replace(recomposed_at=13)
+    schedule.recomposed_at = 13
     assert not schedule.is_due(14) and schedule.is_due(15)
     assert not Schedule().is_due(100)
     thirds = Schedule(interval=10 / 3, recomposed_at=7)

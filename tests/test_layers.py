@@ -234,7 +234,7 @@ def test_the_weights_that_were_loaded_are_decomposed(
     model = two_layer_model(rng)
     if already_initialized:
         if load in (by_assign, by_model_set_weights):
-            pytest.skip("noticed by check_directions, see below")
+            pytest.skip("noticed by find_record, see below")
         keras_srlora.initialize_factors(model)
     load(model, pretrained, tmp_path)
     x = rng.standard_normal((5, 12)).astype("float32")

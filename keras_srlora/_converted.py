@@ -1,0 +1,184 @@
+"""What `enable_srlora` makes of plain layers, and of what they are inside of.
+
+A `.keras` file says how each layer of a functional or sequential model is made,
+so that an SRLoRA layer is made again as one. A composite layer or a KerasHub
+backbone makes what is inside of it by itself, of plain layers. While it holds
+converted ones it is a `Converted`: its part of the file then says which, and
+what is frozen.
+"""
+
+import functools
+
+import keras
+
+from keras_srlora import _keras
+from keras_srlora._layer import SRLoRALayer
+from keras_srlora._recipes import get_recipe
+from keras_srlora.dense import SRLoRADense
+from keras_srlora.einsum_dense import SRLoRAEinsumDense
+
+ADAPTED = {
+    keras.layers.Dense: SRLoRADense,
+    keras.layers.EinsumDense: SRLoRAEinsumDense,
+}
+PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def convert_layers(model, layers, arguments):
+    """Converts plain layers inside a model, with a dict of arguments for each.
+
+    Their kernels are not decomposed yet.
+    """
+    for layer, of_layer in zip(layers, arguments):
+        layer.__class__ = ADAPTED[type(layer)]
+        layer._set_arguments(**of_layer)
+        layer._add_factors()
+    targets = set(map(id, layers))
+    for container in _keras.flatten_layers(model):
+        if _makes_its_layers(container) and inside(container) & targets:
+            container.__class__ = _converted_class(type(container))
+    _keras.refresh_torch_parameters(model)
+
+
+def merge_layers(model, layers):
+    """The inverse of `convert_layers`; the kernels stay as they are."""
+    for layer in layers:
+        layer._remove_factors()
+        layer.__class__ = PLAIN[type(layer)]
+    for container in _keras.flatten_layers(model):
+        if isinstance(container, Converted) and not _adapted(container):
+            container.__class__ = container.plain_class
+    _keras.refresh_torch_parameters(model)
+
+
+def inside(layer):
+    """The ids of a layer and of all layers inside of it."""
+    return set(map(id, _keras.flatten_layers(layer)))
+
+
+def _adapted(container):
+    """`{place: layer}` of the SRLoRA layers inside, in Keras's own order."""
+    return {
+        place: layer
+        for place, layer in enumerate(_keras.flatten_layers(container))
+        if isinstance(layer, SRLoRALayer)
+    }
+
+
+def _makes_its_layers(layer):
+    if isinstance(layer, (Converted, SRLoRALayer)):
+        return False
+    return not _keras.config_lists_layers(layer)
+
+
+class Converted:
+    """Mixin of a container whose class makes the layers inside of it."""
+
+    def get_config(self):
+        converted = type(self)
+        self.__class__ = self.plain_class
+        try:
+            plain = keras.saving.serialize_keras_object(self)
+        finally:
+            self.__class__ = converted
+        # The converted object is compiled, by its own part of the file.
+        plain.pop("compile_config", None)
+        return {
+            "plain": plain,
+            "adapted": [
+                {"place": place, "arguments": layer.get_arguments()}
+                for place, layer in _adapted(self).items()
+            ],
+            "trainable": _trainable_flags(self),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Makes the plain object, and converts what is inside of it."""
+        container = keras.saving.deserialize_keras_object(
+            config["plain"], custom_objects=custom_objects
+        )
+        layers = _keras.flatten_layers(container)
+        found = {
+            saved["place"]: saved["arguments"] for saved in config["adapted"]
+        }
+        for place in found:
+            if not (
+                place < len(layers)
+                and type(layers[place]) in {**ADAPTED, **PLAIN}
+                and layers[place].built
+            ):
+                raise ValueError(
+                    f"Layer {container.name!r} ({type(container).__name__}) "
+                    "was saved with SRLoRA layers inside of it that its class "
+                    "does not make, or not before it is called: the class is "
+                    f"another one than at saving. Received: {found[place]} for "
+                    f"number {place} of {len(layers)} layers"
+                )
+        # What is inside may have been saved as converted by itself.
+        plain = [place for place in found if type(layers[place]) in ADAPTED]
+        convert_layers(
+            container,
+            [layers[place] for place in plain],
+            [
+                {**found[place], "recipe": get_recipe(found[place]["recipe"])}
+                for place in plain
+            ],
+        )
+        _set_trainable_flags(container, config["trainable"])
+        return container
+
+    def compile_from_config(self, config):
+        """Compiles and builds the optimizer, whose state comes next.
+
+        Keras does not where a class overrides `compile`, as KerasHub's tasks
+        do; these take the same arguments.
+        """
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+
+@functools.cache
+def _converted_class(plain):
+    converted = type(
+        # Weights files name the layers of a functional model after classes.
+        plain.__name__,
+        (Converted, plain),
+        {"plain_class": plain, "__module__": __name__},
+    )
+    # All of them are read by the same function. The last to be registered is
+    # the one that is found: it must be none of KerasHub's subclasses, which
+    # KerasHub looks for in the registry.
+    for cls in (converted, Converted):
+        _register(cls)
+    return converted
+
+
+_register = keras.saving.register_keras_serializable(
+    "keras_srlora", "Converted"
+)
+_register(Converted)
+
+
+def _trainable_flags(container):
+    """`[[of the layer, [of its own variables]], ...]`, as 0 and 1."""
+    return [
+        [
+            int(layer.trainable),
+            [int(v.trainable) for v in _keras.own_variables(layer)],
+        ]
+        for layer in _keras.flatten_layers(container)
+    ]
+
+
+def _set_trainable_flags(container, flags):
+    layers = _keras.flatten_layers(container)
+    # An outer layer comes first, and sets those inside of it.
+    for layer, (flag, _) in zip(layers, flags):
+        if layer.trainable != bool(flag):
+            layer.trainable = bool(flag)
+    for layer, (_, own) in zip(layers, flags):
+        for variable, flag in zip(_keras.own_variables(layer), own):
+            if variable.trainable != bool(flag):
+                variable.trainable = bool(flag)
