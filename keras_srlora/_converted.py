@@ -33,11 +33,15 @@ def convert_layers(model, layers, arguments):
         layer.__class__ = ADAPTED[type(layer)]
         layer._set_arguments(**of_layer)
         layer._add_factors()
+    _mark_containers(model, layers)
+    _keras.refresh_torch_parameters(model)
+
+
+def _mark_containers(model, layers):
     targets = set(map(id, layers))
     for container in _keras.flatten_layers(model):
         if _makes_its_layers(container) and inside(container) & targets:
             container.__class__ = _converted_class(type(container))
-    _keras.refresh_torch_parameters(model)
 
 
 def merge_layers(model, layers):
@@ -125,6 +129,7 @@ class Converted:
                 for place in plain
             ],
         )
+        _mark_containers(container, [layers[place] for place in found])
         _set_trainable_flags(container, config["trainable"])
         return container
 

@@ -149,6 +149,15 @@ def seed_states(model):
     ]
 
 
+def loss_metric(model):
+    """The mean of the training loss over the epoch so far, or `None`.
+
+    A model lists it first among its metrics, but for one whose `train_step`
+    makes its own. Private: `Trainer._loss_tracker`.
+    """
+    return getattr(model, "_loss_tracker", None)
+
+
 def get_initial_epoch(model):
     """Epoch at which a restored `fit` begins, or `None`.
 

@@ -48,7 +48,7 @@ class SRLoRALayer:
         rank=8,
         target_rank=None,
         lora_alpha=None,
-        recipe="paper",
+        recipe="adaptive",
         decomposition="auto",
         train_bias=True,
         **kwargs,
@@ -197,6 +197,11 @@ class SRLoRALayer:
         return self.lora_kernel_a, self.lora_kernel_b
 
     @property
+    def trains_factors(self):
+        """Whether neither the layer nor a factor is frozen."""
+        return self.trainable and all(v.trainable for v in self.factors)
+
+    @property
     def adapter_state(self):
         """`AdapterState`: what the layer remembers on the host."""
         return self._adapter
@@ -333,10 +338,13 @@ class SRLoRALayer:
         return plan.kernel_is_a_matrix and len(plan.out_shape) == 1
 
     def disable_adapter(self):
-        """Back to the pretrained kernel, with `b` zero."""
+        """Back to the pretrained kernel, with both factors zero.
+
+        Both: a factor that is not finite would make zero times NaN.
+        """
         self._assign_matrix(self.pretrained_matrix())
-        b = self.lora_kernel_b
-        b.assign(ops.zeros(b.shape, dtype=b.dtype))
+        for factor in self.factors:
+            factor.assign(ops.zeros(factor.shape, dtype=factor.dtype))
 
     def restore_adapter(self, a, b, lora_alpha, state):
         """Takes over the factors and the record of another run.

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_srlora._checks import check_choice
 from keras_srlora._checks import check_fraction
+from keras_srlora._gate import FlatLoss
 
 
 class Pairs(NamedTuple):
@@ -130,6 +131,11 @@ def evenly(total_steps, recompositions):
     return max(1.0, total_steps / max(1, recompositions))
 
 
+# What a run waits for before its first recomposition, and where it stops.
+
+GATES = {"none": None, "flat_loss": FlatLoss}
+
+
 TABLES = {
     "start": STARTS,
     "selection": {"least_important": least_important, "oldest": oldest},
@@ -147,6 +153,7 @@ TABLES = {
         "keep": keep_slots,
     },
     "schedule": {"evenly": evenly},
+    "gate": GATES,
 }
 
 
@@ -167,6 +174,10 @@ class Recipe:
         slots: what happens to the optimizer's slots of a restarted pair.
             `"zero_first_moments"`, `"zero"` or `"keep"`.
         schedule: when. `"evenly"` over the run.
+        gate: `"none"`, or `"flat_loss"`: nothing is recomposed while the
+            training loss falls. Where it is flat, one recomposition probes; the
+            others follow, by the schedule, if the loss then falls, and as long
+            as it does.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
         steps_per_pair: int. Least number of steps that a pair is trained
@@ -178,6 +189,8 @@ class Recipe:
     The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
     2505.12433, section 3), which leaves `slots` open.
     `recipe="lora_restarts"` starts each pair, the first ones too, as LoRA does.
+    `recipe="adaptive"`, which layers have by default, is that with a gate: it
+    is LoRA unless the loss shows that the rank limits it.
 
     Example:
 
@@ -193,6 +206,7 @@ class Recipe:
     scale: str = "sqrt_singular_value"
     slots: str = "zero_first_moments"
     schedule: str = "evenly"
+    gate: str = "none"
     fusion_ratio: float = 0.5
     steps_per_pair: int = 1
     stop: float = 1.0
@@ -218,16 +232,19 @@ class Recipe:
         return TABLES[field][getattr(self, field)]
 
 
+LORA_RESTARTS = Recipe(
+    start="lora",
+    selection="oldest",
+    scale="as_lora",
+    slots="zero",
+    steps_per_pair=100,
+    stop=0.5,
+)
+
 RECIPES = {
     "paper": Recipe(),
-    "lora_restarts": Recipe(
-        start="lora",
-        selection="oldest",
-        scale="as_lora",
-        slots="zero",
-        steps_per_pair=100,
-        stop=0.5,
-    ),
+    "lora_restarts": LORA_RESTARTS,
+    "adaptive": dataclasses.replace(LORA_RESTARTS, gate="flat_loss", stop=0.8),
 }
 
 

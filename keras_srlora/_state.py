@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora._decomposition import Directions
+from keras_srlora._gate import FlatLoss
 from keras_srlora._random import RANDOM_NAMES
 from keras_srlora._random import RandomState
 
@@ -93,6 +94,8 @@ class AdapterState:
         history: float64, `(m, 5)`, with columns `HISTORY`.
         schedule: `Schedule` of the run.
         statistics: `Statistics`, or `None` before the first run.
+        gate: `FlatLoss` of a run whose recipe has a gate; with the first layer
+            alone.
         random: `RandomState` of the model, or the arrays of one that were
             loaded; with the first layer of a run alone. `None` before a run.
     """
@@ -107,6 +110,7 @@ class AdapterState:
     history: np.ndarray | None = None
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     statistics: Statistics | None = None
+    gate: FlatLoss | None = None
     random: RandomState | dict | None = None
 
     @classmethod
@@ -148,7 +152,10 @@ class AdapterState:
         end = len(history)
         yield end, image
         while end:
-            begin = int(np.argmax(history[:, 0] == history[end - 1, 0]))
+            begin = end - 1
+            # A second run counts its steps anew: only neighbours are of one.
+            while begin and history[begin - 1, 0] == history[end - 1, 0]:
+                begin -= 1
             fused = slice(begin, end)
             image = image - scale * (
                 (found.left @ self.fused_a[fused].T) @ self.fused_b[fused]
@@ -195,7 +202,7 @@ class AdapterState:
         """Everything as `{name: array}`; empty before initialisation."""
         if not self.initialized:
             return {}
-        apart = ("directions", "schedule", "statistics", "random")
+        apart = ("directions", "schedule", "statistics", "gate", "random")
         arrays = {
             field.name: np.asarray(getattr(self, field.name))
             for field in dataclasses.fields(self)
@@ -205,6 +212,8 @@ class AdapterState:
         arrays["schedule"] = np.array(dataclasses.astuple(self.schedule), "f8")
         if self.statistics is not None:
             arrays.update(_as_arrays(self.statistics))
+        if self.gate is not None:
+            arrays["gate"] = self.gate.to_array()
         if isinstance(self.random, RandomState):
             arrays.update(self.random.to_arrays())
         elif self.random is not None:
@@ -235,6 +244,8 @@ class AdapterState:
             if name in arrays
         }
         state.random = random or None
+        if "gate" in arrays:
+            state.gate = FlatLoss.from_array(np.array(arrays["gate"]))
         if "schedule" in arrays:
             interval, *steps = map(float, arrays["schedule"])
             state.schedule = Schedule(interval, *map(int, steps))

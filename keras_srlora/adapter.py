@@ -186,7 +186,7 @@ def adapter_disabled(model):
     variables = [
         variable
         for layer in layers
-        for variable in (_keras.stored_kernel(layer), layer.lora_kernel_b)
+        for variable in (_keras.stored_kernel(layer), *layer.factors)
     ]
     # On the host: no second copy of the kernels on an accelerator.
     kept = [np.array(ops.convert_to_numpy(v)) for v in variables]

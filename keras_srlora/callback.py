@@ -4,9 +4,12 @@ import dataclasses
 import warnings
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_srlora import _keras
 from keras_srlora._checks import check_fraction
+from keras_srlora._converted import inside
 from keras_srlora._layers import initialize_factors
 from keras_srlora._layers import match_records
 from keras_srlora._layers import srlora_layers
@@ -25,11 +28,19 @@ from keras_srlora.recomposition import remaining_recompositions
 class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
-    Without arguments it follows the recipe of the layers: recompositions are
-    spread evenly over the run, so that each layer visits `target_rank`
-    directions if the run is long enough for it. The length of the run is
-    `epochs` times the steps of an epoch; where the data set does not say its
-    size, it is known after the first epoch.
+    Without arguments it follows the recipe of the layers. The default recipe,
+    `"adaptive"`, recomposes nothing while the training loss falls: the run is
+    plain LoRA, and cannot be worse. Where the loss is flat, one recomposition
+    probes whether the rank is what limits the run; if the loss then falls,
+    recompositions are spread evenly over what is left, so that each layer
+    visits `target_rank` directions if the run is long enough for it.
+
+    Expect a gain where the update that a task needs has a higher rank than the
+    adapter and the run is long enough for the loss to become flat; expect what
+    LoRA does where it still falls at the end.
+
+    The length of the run is `epochs` times the steps of an epoch; where the
+    data set does not say its size, it is known after the first epoch.
 
     During `fit` the optimizer is wrapped in a `SensitivityOptimizer`; after it
     the model has its own optimizer back. A step is a batch of `fit`; with
@@ -39,9 +50,10 @@ class RecompositionCallback(keras.callbacks.Callback):
     after the last step of the run, where it would change nothing.
 
     Args:
-        interval: int or `None`. Steps between two recompositions. Defaults to
-            `None`: `total_steps / N`, where `N` recompositions use up the
-            directions of the layer that has the most left.
+        interval: int or `None`. Steps between two recompositions; with a
+            number the recipe's gate is left out. Defaults to `None`:
+            `total_steps / N`, where `N` recompositions use up the directions of
+            the layer that has the most left.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair. Defaults to `None`: that of
             the recipe.
@@ -64,7 +76,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         ValueError: when `fit` starts, before anything is changed: no SRLoRA
             layer, a layer that is not built or frozen, a kernel that is not
             finite, an optimizer that cannot work or was built for other
-            variables.
+            variables, another model's run that has not ended.
         RuntimeError: if the model's optimizer is replaced during the run.
 
     Example:
@@ -109,6 +121,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         self.recipe = self._given_recipe
         self.verbose = verbose
         self.record = []
+        self._running = False
 
     def to_dict(self):
         """Arguments and record as plain Python, for JSON."""
@@ -125,6 +138,13 @@ class RecompositionCallback(keras.callbacks.Callback):
     # compiled step must see is put in place here.
 
     def set_model(self, model):
+        if self._running and model is not self._model:
+            raise ValueError(
+                f"This callback follows the run of model {self._model.name!r}, "
+                "which has not ended (or was interrupted): make another one, "
+                "`RecompositionCallback(...)`, for each model. "
+                f"Received: model {model.name!r}"
+            )
         super().set_model(model)
         self._layers = srlora_layers(model)
         self._schedule = self._layers[0].adapter_state.schedule
@@ -170,6 +190,7 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.record = []
+        self._running = True
         self._epochs = (self.params or {}).get("epochs", 1)
         self._epoch_steps = (self.params or {}).get("steps")
         self._step = None
@@ -183,6 +204,9 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._begin_run(epoch)
         # A file that was loaded since the last epoch has one of its own.
         self._set_schedule(self._schedule)
+        state = self._layers[0].adapter_state
+        state.gate = self._gate
+        self._losses_read = (0.0, 0.0)
         self._epoch_start = self._step
         self._events_before = len(self.record)
         self._batches_ended = []
@@ -209,8 +233,15 @@ class RecompositionCallback(keras.callbacks.Callback):
                 f"Received: model.optimizer={received!r}"
             )
         self._step = self._schedule.begun = self._epoch_start + batch
-        if self._schedule.is_due(self._step) and self._step < self._last_step():
-            self._recompose()
+        if self._step >= self._last_step():
+            return
+        if self._gate is not None and self._gate.is_due(self._step):
+            # Before the first batch of an epoch there is nothing to read.
+            if batch and self._is_between_accumulations():
+                self._ask_gate()
+        elif self._is_open() and self._schedule.is_due(self._step):
+            if self._is_between_accumulations():
+                self._recompose()
 
     def _last_step(self):
         """Step from which on nothing is recomposed."""
@@ -224,7 +255,12 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._step = self._epoch_start + self._epoch_steps
         self._schedule.epoch_steps = self._epoch_steps
         if learned and not self._schedule.interval:
-            self._make_schedule()
+            self._start_schedule()
+        unread = self._gate is not None and not any(self._losses_read)
+        if unread and self._is_between_accumulations():
+            # Too short an epoch to be read on its way.
+            mean = (logs or {}).get("loss", float("nan"))
+            self._follow_gate(mean * self._epoch_steps, self._epoch_steps)
         if logs is not None:
             events = self.record[self._events_before :]
             used = [layer.adapter_state.used.sum() for layer in self._layers]
@@ -233,6 +269,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             logs["srlora_drift"] = max((e.drift for e in events), default=0.0)
 
     def on_train_end(self, logs=None):
+        self._running = False
         _unwrap_optimizer(self._model, self._optimizer)
         _keras.drop_compiled_functions(self._model)
 
@@ -286,19 +323,16 @@ class RecompositionCallback(keras.callbacks.Callback):
             done = saved.epochs_done(steps, self._steps_per_execution())
             if done != first_epoch:
                 self._say_where(saved, done, first_epoch, steps)
-        if (
-            goes_on
-            and same_epochs
-            and saved.interval
-            and (first_epoch > 0 or done is None)
-        ):
+        goes_on = same_epochs and goes_on and (first_epoch > 0 or done is None)
+        self._gate = state.gate if goes_on else None
+        if goes_on and (saved.interval or self._gate):
             # The run that was interrupted goes on.
             interval = float(self.interval or saved.interval)
             self._set_schedule(
                 dataclasses.replace(saved, interval=interval, epoch_steps=steps)
             )
         elif steps or self.interval:
-            self._make_schedule()
+            self._start_schedule()
         elif self._epochs - first_epoch == 1:
             self._say(
                 "The data set does not say its size and this run has a single "
@@ -341,7 +375,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                     f"{int(left)} steps are too few to visit all directions in "
                     f"{count} recompositions: there will be one each step."
                 )
-        if count and 0 < left <= interval:
+        if count and 0 < left <= interval and self._gate is None:
             self._say(
                 f"Nothing will be recomposed: the recipe has {int(left)} steps "
                 f"of this run for it, and the first recomposition would come "
@@ -359,6 +393,50 @@ class RecompositionCallback(keras.callbacks.Callback):
             )
         )
 
+    # The gate: until it is open the schedule has no interval.
+
+    def _start_schedule(self):
+        if self.recipe["gate"] is None or self.interval is not None:
+            self._make_schedule()
+        elif _keras.loss_metric(self._model) is None:
+            self._say(
+                f"Model {self._model.name!r} has no mean of its training loss, "
+                "which its recipe waits for (`gate='flat_loss'`): nothing will "
+                "be recomposed. Pass `RecompositionCallback(recipe=...)` with "
+                "another gate, or an `interval`."
+            )
+        else:
+            total = self._epochs * self._epoch_steps
+            self._gate = self._layers[0].adapter_state.gate = self.recipe[
+                "gate"
+            ].start(total, self._step, self.recipe.steps_per_pair)
+
+    def _ask_gate(self):
+        self.model  # noqa: B018
+        loss = _keras.loss_metric(self._model)
+        sums = tuple(
+            float(ops.convert_to_numpy(v)) for v in (loss.total, loss.count)
+        )
+        # Of the epoch so far, less what was read before.
+        total, count = np.subtract(sums, self._losses_read)
+        self._losses_read = sums
+        self._follow_gate(total, count)
+
+    def _is_open(self):
+        return self._gate is None or self._gate.is_open
+
+    def _follow_gate(self, total, count):
+        if self._step >= self._last_step():
+            return
+        phase = self._gate.phase
+        answer = self._gate.read(self._step, float(total), float(count))
+        if self.verbose and self._gate.phase != phase:
+            print(f"\nstep {self._step}: {self._gate.describe()}", flush=True)
+        if answer == "recompose":
+            self._recompose()
+        elif answer == "go":
+            self._make_schedule()
+
     def _shortest_interval(self):
         """Steps between two recompositions that leave a pair its time."""
         return max(
@@ -375,14 +453,34 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     # A recomposition.
 
+    def _check_layers(self):
+        """Raises where a layer was taken out of the run."""
+        present = inside(self._model)
+        gone = [x.path for x in self._layers if id(x) not in present]
+        if gone:
+            raise RuntimeError(
+                "SRLoRA layers were removed from the model during the run, "
+                "whose compiled step still has them: stop training first, then "
+                f"compile and fit again. Received: {gone} are no longer in "
+                f"model {self._model.name!r}"
+            )
+        frozen = [x for x in self._layers if not x.trains_factors]
+        for layer in frozen:
+            # On JAX the state of the run is about to be written back.
+            layer.trainable = True
+        if frozen:
+            raise RuntimeError(
+                "SRLoRA layers were frozen during the run, whose compiled step "
+                "still trains them: stop training first, then freeze, compile "
+                "and fit again. They were thawed. Received: "
+                f"trainable=False of {[layer.path for layer in frozen]}"
+            )
+
     def _recompose(self):
+        self._check_layers()
         # On JAX, where the variables are out of date during an epoch, the
         # public property brings them up to date.
         self.model  # noqa: B018
-        inner = self._optimizer.unwrap()
-        accumulation = inner.gradient_accumulation_steps or 1
-        if int(_keras.micro_batches_seen(inner)) % accumulation:
-            return
         exhausted = [
             layer
             for layer in self._layers
@@ -399,6 +497,14 @@ class RecompositionCallback(keras.callbacks.Callback):
         self.record.extend(events)
         if events and self.verbose:
             print(f"\n{describe(events, len(self._layers))}", flush=True)
+
+    def _is_between_accumulations(self):
+        inner = self._optimizer.unwrap()
+        accumulation = inner.gradient_accumulation_steps or 1
+        if accumulation == 1:
+            return True
+        self.model  # noqa: B018
+        return int(_keras.micro_batches_seen(inner)) % accumulation == 0
 
     def _say_exhausted(self, layers):
         if self._said_exhausted:

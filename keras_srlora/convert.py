@@ -27,7 +27,7 @@ def enable_srlora(
     target_rank=None,
     lora_alpha=None,
     target_layer_names=None,
-    recipe="paper",
+    recipe="adaptive",
     decomposition="auto",
 ):
     """Converts the projections of a built model to SRLoRA layers, in place.
@@ -51,9 +51,10 @@ def enable_srlora(
             transformer are those of attention and feed-forward; in a model that
             has none there, all `Dense` and `EinsumDense` layers but those that
             make its outputs.
-        recipe: `"paper"` (SRLoRA as published), `"lora_restarts"` or a
-            `Recipe`: how pairs start, which are fused, along what they restart,
-            and when.
+        recipe: `"adaptive"` (LoRA, recomposed where the loss is flat),
+            `"lora_restarts"` (recomposed from early on), `"paper"` (SRLoRA as
+            published) or a `Recipe`: how pairs start, which are fused, along
+            what they restart, and when.
         decomposition: `"exact"`, `"randomized"` or `"auto"`.
 
     Returns:

@@ -45,9 +45,10 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
         lora_alpha: Positive number. The low-rank part is scaled by
             `lora_alpha / rank`. Defaults to `None`: `rank`, so scale 1, as in
             the paper.
-        recipe: `"paper"` (SRLoRA as published), `"lora_restarts"` or a
-            `Recipe`: how pairs start, which are fused, along what they restart,
-            and when. Defaults to `"paper"`.
+        recipe: `"adaptive"` (LoRA, recomposed where the loss is flat),
+            `"lora_restarts"` (recomposed from early on), `"paper"` (SRLoRA as
+            published) or a `Recipe`: how pairs start, which are fused, along
+            what they restart, and when. Defaults to `"adaptive"`.
         decomposition: `"exact"`, `"randomized"` or `"auto"` (by size).
             Defaults to `"auto"`.
         train_bias: Bool. Whether the bias is trained. Defaults to `True`;

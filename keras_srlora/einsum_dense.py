@@ -26,7 +26,7 @@ class SRLoRAEinsumDense(SRLoRALayer, keras.layers.EinsumDense):
             many singular directions a run may visit.
         lora_alpha: Positive number, or `None` for `rank`. The low-rank part is
             scaled by `lora_alpha / rank`.
-        recipe: as in `SRLoRADense`. Defaults to `"paper"`.
+        recipe: as in `SRLoRADense`. Defaults to `"adaptive"`.
         decomposition: `"exact"`, `"randomized"` or `"auto"`. Defaults to
             `"auto"`.
         train_bias: Bool. Whether the bias is trained. Defaults to `True`.

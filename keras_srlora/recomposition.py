@@ -112,7 +112,7 @@ def _recompose_layer(layer, scores, step):
     unused = state.unused
     if len(unused) == 0:
         return None
-    if not all(v.trainable for v in layer.factors) or not layer.trainable:
+    if not layer.trains_factors:
         _skip(layer, step, "it was frozen")
         return None
     finite = all(np.isfinite(x).all() for x in layer.factors_to_numpy())

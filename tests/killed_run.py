@@ -46,7 +46,7 @@ def make_model(optimizer):
     x = keras.layers.Dense(16, activation="tanh", name="second")(x)
     model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
     keras_srlora.enable_srlora(
-        model, rank=2, target_layer_names=["first", "second"]
+        model, 2, target_layer_names=["first", "second"], recipe="paper"
     )
     model.compile(OPTIMIZERS[optimizer](), "mse")
     model.optimizer.build(model.trainable_variables)

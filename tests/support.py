@@ -34,7 +34,8 @@ SHAPES = ((12, 12), (7, 30), (30, 7), (1, 9), (9, 1), (200, 3))
 
 
 def dense_layer(kernel, initialize=True, **kwargs):
-    """A built `SRLoRADense` with a given kernel."""
+    """A built `SRLoRADense` with a given kernel; of the published recipe."""
+    kwargs = {"recipe": "paper", **kwargs}
     layer = keras_srlora.SRLoRADense(kernel.shape[1], **kwargs)
     layer.build((None, kernel.shape[0]))
     layer.kernel.assign(kernel)
@@ -44,7 +45,8 @@ def dense_layer(kernel, initialize=True, **kwargs):
 
 
 def two_layer_model(rng, rank=4, **kwargs):
-    """A functional model: SRLoRADense, then a plain head."""
+    """A functional model: SRLoRADense (published recipe), a plain head."""
+    kwargs = {"recipe": "paper", **kwargs}
     inputs = keras.Input((12,))
     x = keras_srlora.SRLoRADense(
         16, rank=rank, activation="tanh", name="hidden", **kwargs

@@ -94,7 +94,7 @@ def test_exactly_the_factors_are_trainable(bert):
 
 
 def test_bert_trains_recomposes_and_merges(bert, rng):
-    enable_srlora(bert, rank=2, target_rank=8)
+    enable_srlora(bert, rank=2, target_rank=8, recipe="paper")
     model = classifier(bert)
     x, y = tokens(rng), np.arange(4) % 3
     model.compile("adam", "sparse_categorical_crossentropy")

@@ -36,8 +36,10 @@ def run(rng, recipe, callback=None, epochs=3, **kwargs):
 # Each choice.
 
 
-def test_the_published_recipe_is_the_default():
-    assert RECIPES["paper"] == Recipe() == keras_srlora.SRLoRADense(4).recipe
+def test_the_published_recipe_is_one_argument_away():
+    layer = keras_srlora.SRLoRADense(4, recipe="paper")
+    assert RECIPES["paper"] == Recipe() == layer.recipe
+    assert keras_srlora.SRLoRADense(4).recipe == RECIPES["adaptive"]
     assert Recipe().to_dict() == {
         "start": "pissa",
         "selection": "least_important",
@@ -45,6 +47,7 @@ def test_the_published_recipe_is_the_default():
         "scale": "sqrt_singular_value",
         "slots": "zero_first_moments",
         "schedule": "evenly",
+        "gate": "none",
         "fusion_ratio": 0.5,
         "steps_per_pair": 1,
         "stop": 1.0,

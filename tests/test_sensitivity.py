@@ -21,7 +21,9 @@ STEPS, BATCH, INPUTS, OUTPUTS = 20, 8, 10, 6
 def linear_model(rng, **kwargs):
     """One SRLoRADense with a mean squared error: gradients by hand."""
     inputs = keras.Input((INPUTS,))
-    layer = keras_srlora.SRLoRADense(OUTPUTS, rank=3, lora_alpha=6, **kwargs)
+    layer = keras_srlora.SRLoRADense(
+        OUTPUTS, rank=3, lora_alpha=6, recipe="paper", **kwargs
+    )
     model = keras.Model(inputs, layer(inputs))
     layer.kernel.assign(matrix("gaussian", INPUTS, OUTPUTS, rng))
     x = rng.standard_normal((STEPS * BATCH, INPUTS)).astype("float32")

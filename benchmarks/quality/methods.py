@@ -49,7 +49,9 @@ def rslora(model, targets, rank):
 
 def pissa(model, targets, rank):
     """LoRA that starts along the leading directions (arXiv 2404.02948)."""
-    keras_srlora.enable_srlora(model, rank, target_layer_names=targets)
+    keras_srlora.enable_srlora(
+        model, rank, target_layer_names=targets, recipe="paper"
+    )
     return []
 
 
@@ -89,6 +91,7 @@ METHODS = {
     "pissa": pissa,
     "paper": srlora(RECIPES["paper"]),
     "lora_restarts": srlora(RECIPES["lora_restarts"]),
+    "adaptive": srlora(RECIPES["adaptive"]),
     "restarts": changed(),
     "restarts_4r": changed(directions=4),
     "restarts_16r": changed(directions=16),

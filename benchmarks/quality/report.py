@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = run.HERE / "results"
+PLOTTED = ("lora", "lora_4r", "pissa", "paper", "lora_restarts", "adaptive")
 SMALLEST_GAP = 1e-3  # of losses that begin near 1
 
 
@@ -110,7 +111,7 @@ def plot(task, cells, path):
     ranks = collections.defaultdict(list)
     for rank, method in sorted(cells):
         ranks[method].append(rank)
-    for method in ("lora", "lora_4r", "pissa", "paper", "restarts"):
+    for method in PLOTTED:
         losses = [
             np.mean([r["test_loss"] for r in cells[rank, method].values()])
             for rank in ranks[method]

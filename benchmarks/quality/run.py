@@ -42,7 +42,7 @@ def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task")
-    parser.add_argument("--methods", nargs="+", default=["lora", "paper"])
+    parser.add_argument("--methods", nargs="+", default=["lora", "adaptive"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--seeds", type=int, default=5)

@@ -1,0 +1,166 @@
+"""Whether a run's loss says that the rank limits it.
+
+A pure state machine over means of the training loss. While the loss falls,
+the pairs are still learning and a restart would cost what they could learn;
+once it is flat, a restart has little to lose, and whether it helps is seen.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+WAITING, PROBING, GOING, STOPPED = range(4)
+
+# A window is a tenth of the run, and is read in eight parts.
+WINDOW = 0.1
+POINTS = 8
+# The loss is flat where it fell by less than 2 % from window to window, and a
+# recomposition pays where it then falls by more than 1 %, each by more than
+# a standard error; within three windows.
+FLAT = 0.02
+PAYS = 0.01
+PATIENCE = 3
+# Nothing is left to learn at a thousandth of the first loss.
+SMALL = 1e-3
+
+
+@dataclasses.dataclass
+class FlatLoss:
+    """Decides when a run starts to recompose, and whether it goes on.
+
+    It waits for a loss that is flat, lets one recomposition probe, goes on
+    while the loss falls, and stops where it does not.
+
+    Attributes:
+        window: steps of a window.
+        phase: one of the above.
+        read_at: step at which the loss was read last.
+        since: step of the probe, or at which the loss last fell enough.
+        first: the first loss; 0 before.
+        base: the loss to compare with, since then.
+        variance: of the mean that `base` is.
+        points: list of `(sum of losses, count)`, the last windows.
+    """
+
+    window: int
+    phase: int = WAITING
+    read_at: int = 0
+    since: int = 0
+    first: float = 0.0
+    base: float = 0.0
+    variance: float = 0.0
+    points: list = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def start(cls, total_steps, step, steps_per_pair=1):
+        """The gate of a run of `total_steps` that is at `step`.
+
+        A window is no shorter than `steps_per_pair`, which a pair needs.
+        """
+        window = max(POINTS, int(WINDOW * total_steps), steps_per_pair)
+        return cls(window=window, read_at=step)
+
+    @property
+    def is_open(self):
+        """Whether a recomposition has paid, and does."""
+        return self.phase == GOING
+
+    def describe(self):
+        """One line about the phase."""
+        return (
+            "the loss falls; plain LoRA",
+            f"the loss is flat at {self.base:.4g}; one recomposition probes",
+            f"it paid: the loss fell to {self.base:.4g}; recomposing",
+            f"no gain any more after {self.base:.4g}; plain LoRA from here on",
+        )[self.phase]
+
+    def is_due(self, step):
+        """Whether the loss should be read."""
+        steps = self.window // POINTS
+        return self.phase != STOPPED and step - self.read_at >= steps
+
+    def read(self, step, total, count):
+        """Takes the losses since the last reading.
+
+        Args:
+            step: int. Training steps done.
+            total: sum of the losses.
+            count: their number; 0 where there are none.
+
+        Returns:
+            `"recompose"` where one recomposition shall probe, `"go"` where it
+            has paid, else `None`.
+        """
+        self.read_at = step
+        if count <= 0:
+            return None
+        self.points = [*self.points, (total, count)][-2 * POINTS :]
+        self.first = self.first or total / count
+        if len(self.points) < POINTS:
+            return None
+        mean, variance = _mean(self.points[-POINTS:])
+        if mean < SMALL * self.first:
+            self._begin(step, mean, variance)
+            self.phase = STOPPED
+        elif self.phase == WAITING:
+            return self._wait(step, mean, variance)
+        else:
+            return self._compare(step, mean, variance)
+        return None
+
+    def _wait(self, step, mean, variance):
+        if len(self.points) < 2 * POINTS:
+            return None
+        fall, error = _fall(_mean(self.points[:POINTS]), (mean, variance))
+        # Where the noise alone is as large, nothing is known; and a loss that
+        # never fell is that of a run that has not begun to learn.
+        learnt = mean < (1 - PAYS) * self.first
+        if not learnt or not max(error, fall + error) < FLAT:
+            return None
+        self._begin(step, mean, variance)
+        self.phase = PROBING
+        # The probe is judged by the losses after it.
+        self.points = []
+        return "recompose"
+
+    def _compare(self, step, mean, variance):
+        fall, error = _fall((self.base, self.variance), (mean, variance))
+        if fall - error > PAYS:
+            was = self.phase
+            self._begin(step, mean, variance)
+            self.phase = GOING
+            return "go" if was == PROBING else None
+        if step - self.since >= PATIENCE * self.window:
+            self.phase = STOPPED
+        return None
+
+    def _begin(self, step, mean, variance):
+        self.since, self.base, self.variance = step, mean, variance
+
+    def to_array(self):
+        """All of it as one float64 array, for a file."""
+        *numbers, points = dataclasses.astuple(self)
+        return np.concatenate([numbers, np.ravel(points)]).astype("float64")
+
+    @classmethod
+    def from_array(cls, array):
+        """The inverse of `to_array`."""
+        window, phase, read_at, since, *numbers = array[:7].tolist()
+        points = [tuple(pair) for pair in array[7:].reshape(-1, 2).tolist()]
+        return cls(*map(int, (window, phase, read_at, since)), *numbers, points)
+
+
+def _mean(points):
+    """Mean of the losses of a window, and the variance of that mean."""
+    totals, counts = np.transpose(points)
+    means = totals / counts
+    mean = float(totals.sum() / counts.sum())
+    return mean, float(means.var(ddof=1) / len(points))
+
+
+def _fall(before, after):
+    """By which part the loss fell, and the standard error of that."""
+    size = abs(before[0]) or 1.0
+    fall = (before[0] - after[0]) / size
+    return fall, math.sqrt(before[1] + after[1]) / size

@@ -1,0 +1,36 @@
+"""The drift of effective kernels over 50 recompositions."""
+
+import importlib.util
+import pathlib
+
+import numpy as np
+import pytest
+
+PATH = pathlib.Path(__file__).parent.parent / "benchmarks" / "drift.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("drift", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("recipe", ["paper", "lora_restarts"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_drift_grows_no_faster_than_the_square_root(recipe, dtype, benchmark):
+    """At each of 50 recompositions at most `4 u √n`, as documented.
+
+    A kernel of MiniLM's size and spectrum, as flat as noise but for a few
+    directions; `benchmarks/drift.py` takes the real ones.
+    """
+    rng = np.random.default_rng(0)
+    kernel = 0.05 * rng.standard_normal((150, 200)).astype("float32")
+    kernel += np.outer(rng.standard_normal(150), rng.standard_normal(200)) / 50
+    curve = benchmark.drifts(kernel, recipe, dtype)
+    roundoff = benchmark.DTYPES[dtype]
+    assert len(curve) == 50
+    assert benchmark.constant(curve, roundoff) <= 4
+    # And something was rounded, so that the test is one.
+    assert curve[-1] > roundoff / 2
