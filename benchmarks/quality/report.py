@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = run.HERE / "results"
+VERDICTS = ("better", "level", "worse")
+SUMMARISED = ("adaptive", "lora_restarts", "paper", "pissa", "rslora", "lora")
 PLOTTED = ("lora", "lora_4r", "pissa", "paper", "lora_restarts", "adaptive")
 SMALLEST_GAP = 1e-3  # of losses that begin near 1
 
@@ -26,10 +28,14 @@ SMALLEST_GAP = 1e-3  # of losses that begin near 1
 def main():
     """Reads `results/*.jsonl`, writes `results/tables.md` and the pictures."""
     tables = ["# Results\n", "Written by `report.py`.\n"]
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        cells = chosen_runs(run.read(path))
-        tables.append(table(path.stem, cells))
-        plot(path.stem, cells, path.with_suffix(".png"))
+    tasks = {
+        path.stem: chosen_runs(run.read(path))
+        for path in sorted(RESULTS.glob("*.jsonl"))
+    }
+    tables.append(summary(tasks))
+    for task, cells in tasks.items():
+        tables.append(table(task, cells))
+        plot(task, cells, RESULTS / f"{task}.png")
     (RESULTS / "tables.md").write_text("\n".join(tables), encoding="utf-8")
 
 
@@ -42,6 +48,46 @@ def chosen_runs(done):
             if key[:4] == (*cell, best):
                 cells[cell[2], cell[1]][record["seed"]] = record
     return dict(cells)
+
+
+def summary(tasks):
+    """In how many cells a method beats LoRA and PiSSA of the same rank."""
+    lines = [
+        "## All cells of at least 3 seeds\n",
+        "Better, worse: by the 95 % interval of the paired difference.\n",
+        "| method | rival | cells | better | level | worse |",
+        "|---" * 6 + "|",
+    ]
+    for method in SUMMARISED:
+        for rival in ("lora", "pissa"):
+            counts = collections.Counter(
+                verdict(differences(runs, cells[rank, rival]))
+                for cells in tasks.values()
+                for (rank, name), runs in cells.items()
+                if name == method and (rank, rival) in cells
+            )
+            del counts[None]
+            if method != rival and counts:
+                lines.append(
+                    f"| `{method}` | `{rival}` | {counts.total()} | "
+                    + " | ".join(str(counts[x]) for x in VERDICTS)
+                    + " |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def verdict(found):
+    """What the differences of some seeds say; `None` for fewer than 3."""
+    if len(found) < 3:
+        return None
+    mean, half = interval(found)
+    return VERDICTS[1 if abs(mean) <= half else 0 if mean < 0 else 2]
+
+
+def interval(found):
+    """The mean and half of its 95 % interval."""
+    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
+    return found.mean(), half
 
 
 def table(task, cells):
@@ -93,8 +139,8 @@ def paired(runs, lora):
     found = differences(runs, lora)
     if len(found) < 3:
         return f"{found.mean():+.4f}"
-    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
-    return f"{found.mean():+.4f} ± {half:.4f}"
+    mean, half = interval(found)
+    return f"{mean:+.4f} ± {half:.4f}"
 
 
 def gap(runs, lora, quadruple):
