@@ -90,7 +90,9 @@ def run(examples, batches):
 def adapted_model(examples):
     keras.utils.set_random_seed(0)
     model = examples.digits.new_model()
-    return model, keras_srlora.enable_srlora(model, rank=4, target_rank=16)
+    return model, keras_srlora.enable_srlora(
+        model, rank=4, target_rank=16, recipe="paper"
+    )
 
 
 def optimizer_of(model, layers):
