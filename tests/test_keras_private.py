@@ -1,0 +1,199 @@
+"""The private Keras API that `keras_srlora._keras` uses is what it was.
+
+Where one of these fails after an update of Keras, the function of that name in
+`keras_srlora/_keras.py` has to be written anew.
+"""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from support import to_numpy
+
+from keras_srlora import _keras
+
+
+@pytest.fixture
+def model():
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(5, name="hidden")(inputs)
+    x = keras.layers.Dropout(0.5, seed=3, name="dropout")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
+    model.compile(
+        keras.optimizers.Adam(0.1, gradient_accumulation_steps=3), "mse"
+    )
+    return model
+
+
+def fit(model, steps):
+    x = np.ones((2 * steps, 4), "float32")
+    model.fit(x, x[:, :2], batch_size=2, epochs=1, verbose=0)
+
+
+def two_layers():
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3, name="a"),
+            keras.layers.Dense(2, name="b"),
+        ],
+        name="inner",
+    )
+
+
+def test_config_lists_layers(model):
+    assert _keras.config_lists_layers(model)
+    assert _keras.config_lists_layers(two_layers())
+    attention = keras.layers.MultiHeadAttention(2, 3)
+    assert not _keras.config_lists_layers(attention)
+
+    class Mine(keras.Model):
+        def get_config(self):
+            return {}
+
+    assert not _keras.config_lists_layers(Mine())
+
+
+def test_seeds_of_dropout(model):
+    (state,) = _keras.seed_states(model)
+    held = to_numpy(state)
+    fit(model, steps=2)
+    if keras.backend.backend() != "torch":  # which draws from its own
+        assert not np.array_equal(held, to_numpy(state))
+    assert held.shape == (2,)
+
+
+def test_mean_of_the_training_loss(model):
+    fit(model, steps=3)
+    loss = _keras.loss_metric(model)
+    assert loss is model.metrics[0]
+    # Six examples in three batches.
+    assert float(to_numpy(loss.count)) == 6
+    mean = float(to_numpy(loss.total)) / 6
+    assert mean == pytest.approx(model.history.history["loss"][0], rel=1e-5)
+
+
+def test_epoch_of_a_restored_run(model, tmp_path):
+    assert _keras.get_initial_epoch(model) is None
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    class Seen(keras.callbacks.Callback):
+        epochs = []
+
+        def on_train_begin(self, logs=None):
+            assert _keras.get_initial_epoch(self.model) == 2
+            _keras.set_initial_epoch(self.model, 3)
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epochs.append(epoch)
+
+    x = np.ones((4, 4), "float32")
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+    for other in (Stop(), Seen()):
+        try:
+            model.fit(
+                x, x[:, :2], epochs=5, verbose=0, callbacks=[backup, other]
+            )
+        except KeyboardInterrupt:
+            pass
+    assert Seen.epochs == [3, 4]
+
+
+@pytest.fixture
+def layer():
+    layer = keras.layers.Dense(3)
+    layer.build((None, 4))
+    return layer
+
+
+def test_flatten_layers_reaches_attributes_of_attributes():
+    inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, inner(inputs))
+    names = {type(x).__name__ for x in _keras.flatten_layers(model)}
+    assert {"Functional", "Sequential", "Dense"} <= names
+
+
+def test_weights_can_be_added_and_removed_when_unlocked(layer):
+    with pytest.raises(ValueError):
+        layer.extra = layer.add_weight(shape=(2,), name="extra")
+    with _keras.unlocked(layer):
+        layer.extra = layer.add_weight(shape=(2,), name="extra")
+    assert [v.name for v in layer.trainable_variables][-1] == "extra"
+    with pytest.raises(ValueError):
+        layer.more = layer.add_weight(shape=(2,), name="more")
+    _keras.remove_variable(layer, layer.extra)
+    assert len(layer.variables) == 2
+
+
+def test_a_frozen_variable_stays_frozen(layer):
+    kernel = _keras.stored_kernel(layer)
+    _keras.set_variable_trainable(layer, kernel, False)
+    layer.trainable = True
+    assert [v.name for v in layer.trainable_variables] == ["bias"]
+    _keras.set_variable_trainable(layer, kernel, True)
+    assert len(layer.trainable_variables) == 2
+
+
+def test_a_model_knows_that_it_was_called():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(3)(inputs))
+    assert not _keras.is_part_of_another_model(model)
+    keras.Model(inputs, model(inputs))
+    assert _keras.is_part_of_another_model(model)
+
+
+def test_output_layers():
+    inputs = keras.Input((4,))
+    head = keras.layers.Dense(3)
+    model = keras.Model(inputs, head(keras.layers.Dense(4)(inputs)))
+    assert _keras.output_layers(model) == [head]
+
+
+def test_optimizer_internals(layer):
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
+    optimizer.build(layer.trainable_variables)
+    variables = _keras.optimizer_trainable_variables(optimizer)
+    assert [id(v) for v in variables] == [
+        id(v) for v in layer.trainable_variables
+    ]
+    gradients = [keras.ops.ones(v.shape) for v in variables]
+    optimizer.apply(gradients, variables)
+    assert int(_keras.micro_batches_seen(optimizer)) == 1
+    accumulated = _keras.accumulated_gradient(optimizer, variables[0])
+    assert float(keras.ops.convert_to_numpy(accumulated).mean()) == 1.0
+    assert _keras.is_stock_optimizer(optimizer)
+
+
+def test_compiled_functions_are_the_three_attributes(layer):
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.compile("sgd", "mse")
+    model.make_train_function()
+    assert model.train_function is not None
+    _keras.drop_compiled_functions(model)
+    assert model.train_function is None and model.predict_function is None
+
+
+def test_files_name_layers_after_their_classes(tmp_path):
+    class Renamed(keras.layers.Dense):
+        pass
+
+    def model(cls):
+        return keras.Sequential([keras.Input((4,)), cls(3)])
+
+    path = str(tmp_path / "a.weights.h5")
+    model(keras.layers.Dense).save_weights(path)
+    with _keras.classes_named_as({Renamed: "Dense"}):
+        model(Renamed).load_weights(path)
+    assert Renamed.__name__ == "Renamed"
+
+
+def test_unique_names():
+    first = _keras.unique_name("SRLoRAEinsumDense")
+    assert re.fullmatch(r"srlora_einsum_dense(_\d+)?", first)
+    assert first != _keras.unique_name("SRLoRAEinsumDense")
