@@ -253,6 +253,40 @@ def test_restored_best_weights_take_their_record_with_them():
     fit(model, RecompositionCallback(interval=4), epochs=1)
 
 
+# Backups that are not those of an epoch's end.
+
+
+def backed_up(tmp_path, step, **kwargs):
+    """A run that an exception ended before a step; and what resumes it."""
+
+    def fail(model):
+        raise Mishap
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(str(tmp_path / "b"), **kwargs)
+
+    model = compiled()
+    with pytest.raises(Mishap):
+        fit(model, backup(), At(step, fail), RecompositionCallback(interval=4))
+    return backup()
+
+
+def test_a_backup_of_the_middle_of_an_epoch_is_told(tmp_path):
+    backup = backed_up(tmp_path, step=14, save_freq=3)
+    with pytest.warns(UserWarning, match="after step 12: in the middle of an"):
+        fit(compiled(), backup, RecompositionCallback(interval=4))
+
+
+def test_a_backup_behind_the_callback_is_told(tmp_path):
+    """Weights of a later epoch than the number: too late to mend."""
+    backup = backed_up(tmp_path, step=17)
+    path = tmp_path / "b" / "training_metadata.json"
+    path.write_text(path.read_text().replace('"epoch": 2', '"epoch": 1'))
+    callback = RecompositionCallback(interval=4)
+    with pytest.warns(UserWarning, match="initial_epoch=2.*behind it"):
+        fit(compiled(), callback, backup)
+
+
 # Loss scaling.
 
 
