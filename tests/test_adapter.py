@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 import warnings
 
 import keras
@@ -350,6 +351,37 @@ def test_a_file_that_lies(name, array, saved):
         tensors[name] = array
     _adapter_file.write(saved, tensors, metadata)
     refused(plain_model(), saved, "does not hold what its metadata say")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../hidden", "/etc/hidden", "", "hid\0den"]
+)
+def test_a_name_that_is_a_path_elsewhere(name, saved, tmp_path):
+    """Names are looked up among the layers of the model, and nowhere else."""
+    tensors, metadata = _adapter_file.read(saved)
+    for description in metadata["layers"]:
+        if description["path"] == "hidden":
+            description["path"] = name
+    _adapter_file.write(saved, tensors, metadata)
+    refused(plain_model(), saved, "has 0 of that path")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (2**60).to_bytes(8, "little") + b"{}",
+        (61).to_bytes(8, "little")
+        + b'{"x":{"dtype":"F32","shape":[1099511627776],'
+        + b'"data_offsets":[0,4]}}'.ljust(18)
+        + b"\0" * 4,
+    ],
+)
+def test_a_file_that_asks_for_more_than_it_holds(header, path):
+    path.write_bytes(header)
+    tracemalloc.start()
+    refused(plain_model(), path, "not a safetensors file, or is damaged")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
 
 
 def test_nothing_to_save(path):
