@@ -27,21 +27,19 @@ PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 def convert_layers(model, layers, arguments):
     """Converts plain layers inside a model, with a dict of arguments for each.
 
-    Their kernels are not decomposed yet.
+    Layers that are converted already stay as they are. The kernels are not
+    decomposed yet.
     """
     for layer, of_layer in zip(layers, arguments):
-        layer.__class__ = ADAPTED[type(layer)]
-        layer._set_arguments(**of_layer)
-        layer._add_factors()
-    _mark_containers(model, layers)
-    _keras.refresh_torch_parameters(model)
-
-
-def _mark_containers(model, layers):
+        if type(layer) in ADAPTED:
+            layer.__class__ = ADAPTED[type(layer)]
+            layer._set_arguments(**of_layer)
+            layer._add_factors()
     targets = set(map(id, layers))
     for container in _keras.flatten_layers(model):
         if _makes_its_layers(container) and inside(container) & targets:
             container.__class__ = _converted_class(type(container))
+    _keras.refresh_torch_parameters(model)
 
 
 def merge_layers(model, layers):
@@ -120,16 +118,14 @@ class Converted:
                     f"number {place} of {len(layers)} layers"
                 )
         # What is inside may have been saved as converted by itself.
-        plain = [place for place in found if type(layers[place]) in ADAPTED]
         convert_layers(
             container,
-            [layers[place] for place in plain],
+            [layers[place] for place in found],
             [
-                {**found[place], "recipe": get_recipe(found[place]["recipe"])}
-                for place in plain
+                {**arguments, "recipe": get_recipe(arguments["recipe"])}
+                for arguments in found.values()
             ],
         )
-        _mark_containers(container, [layers[place] for place in found])
         _set_trainable_flags(container, config["trainable"])
         return container
 

@@ -412,7 +412,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             ].start(total, self._step, self.recipe.steps_per_pair)
 
     def _ask_gate(self):
-        self.model  # noqa: B018
+        self._bring_variables_up_to_date()
         loss = _keras.loss_metric(self._model)
         sums = tuple(
             float(ops.convert_to_numpy(v)) for v in (loss.total, loss.count)
@@ -478,9 +478,7 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     def _recompose(self):
         self._check_layers()
-        # On JAX, where the variables are out of date during an epoch, the
-        # public property brings them up to date.
-        self.model  # noqa: B018
+        self._bring_variables_up_to_date()
         exhausted = [
             layer
             for layer in self._layers
@@ -498,12 +496,16 @@ class RecompositionCallback(keras.callbacks.Callback):
         if events and self.verbose:
             print(f"\n{describe(events, len(self._layers))}", flush=True)
 
+    def _bring_variables_up_to_date(self):
+        # On JAX they are not during an epoch; the public property sees to it.
+        self.model  # noqa: B018
+
     def _is_between_accumulations(self):
         inner = self._optimizer.unwrap()
         accumulation = inner.gradient_accumulation_steps or 1
         if accumulation == 1:
             return True
-        self.model  # noqa: B018
+        self._bring_variables_up_to_date()
         return int(_keras.micro_batches_seen(inner)) % accumulation == 0
 
     def _say_exhausted(self, layers):

@@ -17,8 +17,8 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
     ```
 
     `rank` pairs (a row of `a` with a row of `b`) are trained; a
-    `RecompositionCallback` scores them while training, fuses the least
-    important ones into the kernel and restarts their slots along unused
+    `RecompositionCallback` scores them while training, fuses some of them into
+    the kernel, as the recipe says, and restarts their slots along unused
     singular directions of the pretrained kernel.
 
     The kernel is decomposed **when training starts** (by the callback, or by

@@ -14,6 +14,7 @@ import sys
 
 import keras
 import numpy as np
+from support import converted_model
 
 import keras_srlora
 from keras_srlora._layer import SRLoRALayer
@@ -38,17 +39,8 @@ OPTIMIZERS = {
 
 
 def make_model(optimizer):
-    """A converted model with dropout, compiled."""
-    keras.utils.set_random_seed(3)
-    inputs = keras.Input((12,))
-    x = keras.layers.Dense(16, activation="tanh", name="first")(inputs)
-    x = keras.layers.Dropout(0.2)(x)
-    x = keras.layers.Dense(16, activation="tanh", name="second")(x)
-    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
-    keras_srlora.enable_srlora(
-        model, 2, target_layer_names=["first", "second"], recipe="paper"
-    )
-    model.compile(OPTIMIZERS[optimizer](), "mse")
+    """With dropout, and with an optimizer that can take up a saved state."""
+    model = converted_model(OPTIMIZERS[optimizer](), dropout=0.2)
     model.optimizer.build(model.trainable_variables)
     return model
 

@@ -54,18 +54,44 @@ def two_layer_model(rng, rank=4, **kwargs):
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
 
 
-def tiny_bert():
+def converted_model(optimizer, dropout=0.0):
+    """Two converted layers and a head, compiled; the same each time."""
+    keras.utils.set_random_seed(7)
+    inputs = keras.Input((12,))
+    x = keras.layers.Dense(16, activation="tanh", name="first")(inputs)
+    x = keras.layers.Dropout(dropout)(x)
+    x = keras.layers.Dense(16, activation="tanh", name="second")(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    keras_srlora.enable_srlora(
+        model, 2, target_layer_names=["first", "second"], recipe="paper"
+    )
+    model.compile(optimizer, "mse")
+    return model
+
+
+def assert_same_variables(first, second):
+    """Two lists of variables (or arrays) are equal to the bit."""
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(
+            to_numpy(a), to_numpy(b), getattr(b, "path", "")
+        )
+
+
+def tiny_bert(**arguments):
     """A KerasHub backbone, of the same weights each time."""
     import keras_hub
 
     keras.utils.set_random_seed(7)
     return keras_hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=24,
-        max_sequence_length=6,
+        **{
+            "vocabulary_size": 50,
+            "num_layers": 2,
+            "num_heads": 2,
+            "hidden_dim": 16,
+            "intermediate_dim": 24,
+            "max_sequence_length": 6,
+            **arguments,
+        }
     )
 
 

@@ -568,6 +568,15 @@ def test_a_layer_that_no_gradient_reached_is_left_alone(rng):
         assert keras_srlora.recompose(sensitivity) == []
 
 
+def test_a_frozen_layer_is_left_alone_in_a_loop(rng):
+    layer = two_layer_model(rng).get_layer("hidden")
+    layer.initialize_factors()
+    sensitivity = keras_srlora.Sensitivity([layer])
+    layer.trainable = False
+    with pytest.warns(UserWarning, match="'hidden'.*it was frozen"):
+        assert keras_srlora.recompose(sensitivity) == []
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
 def test_several_replicas_are_refused():
     # Logical devices are made before TensorFlow starts: another process.

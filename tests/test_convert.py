@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from support import dense_layer
 from support import matrix
+from support import tiny_bert
 from support import to_numpy
 from support import two_layer_model
 
@@ -26,15 +27,9 @@ PROJECTIONS = {
 
 @pytest.fixture
 def bert():
-    hub = pytest.importorskip("keras_hub")
-    return hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=32,
-        max_sequence_length=12,
-        dropout=0.0,
+    pytest.importorskip("keras_hub")
+    return tiny_bert(
+        num_layers=1, intermediate_dim=32, max_sequence_length=12, dropout=0.0
     )
 
 

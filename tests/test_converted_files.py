@@ -202,6 +202,8 @@ def test_presets_are_read_as_before():
         if isinstance(cls, type) and issubclass(cls, keras_hub.models.Backbone)
     ]
     converted = keras_srlora._converted.Converted
+    name = "keras_srlora>Converted"
+    assert keras.saving.get_registered_object(name) is converted
     assert found and not any(issubclass(cls, converted) for cls in found)
 
 

@@ -6,6 +6,8 @@ import resource
 import keras
 import numpy as np
 import pytest
+from support import assert_same_variables
+from support import converted_model
 from support import effective
 from support import regression_data
 from support import to_numpy
@@ -15,17 +17,7 @@ from keras_srlora import RecompositionCallback
 
 
 def compiled(optimizer="adam"):
-    """Two SRLoRA layers and a head; the same each time."""
-    keras.utils.set_random_seed(7)
-    inputs = keras.Input((12,))
-    x = keras.layers.Dense(16, activation="tanh", name="first")(inputs)
-    x = keras.layers.Dense(16, activation="tanh", name="second")(x)
-    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
-    keras_srlora.enable_srlora(
-        model, rank=2, target_layer_names=["first", "second"], recipe="paper"
-    )
-    model.compile(optimizer, "mse")
-    return model
+    return converted_model(optimizer)
 
 
 def fit(model, *callbacks, data=None, epochs=3, **kwargs):
@@ -88,8 +80,7 @@ def assert_only_factors_are_lost(data, optimizer="adam"):
     for name in ("first", "second"):
         assert any(f"Layer '{name}'" in message for message in said)
     assert {event.step for event in callback.record} == {4}
-    for old, new in zip(held["kernels"], kernels(model)):
-        np.testing.assert_array_equal(old, new)
+    assert_same_variables(held["kernels"], kernels(model))
     for name, old in held["states"].items():
         new = states(model)[name]
         for key in ("fused_a", "fused_b", "anchors", "used", "history", "left"):
@@ -111,14 +102,10 @@ def test_nan_in_the_data():
 
 
 def test_a_learning_rate_that_overflows():
-    def rate(step):
-        return keras.ops.where(
-            keras.ops.cast(step, "float32") < 5.0, 0.01, 1e38
-        )
-
     class Rate(keras.optimizers.schedules.LearningRateSchedule):
         def __call__(self, step):
-            return rate(step)
+            early = keras.ops.cast(step, "float32") < 5.0
+            return keras.ops.where(early, 0.01, 1e38)
 
     data = regression_data(np.random.default_rng(0))
     # SGD does not normalise: weights overflow with the second such step.
@@ -143,17 +130,14 @@ def test_an_exception_in_another_callback(tmp_path):
     with pytest.raises(Mishap):
         fit(model, At(16, fail), callback)
     fit(other, RecompositionCallback(interval=4), epochs=2)
-    for a, b in zip(model.variables, other.variables):
-        np.testing.assert_array_equal(to_numpy(a), to_numpy(b), a.path)
+    assert_same_variables(model.variables, other.variables)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     for m in (model, other, loaded):
         fit(m, RecompositionCallback(interval=4), initial_epoch=2)
     for m in (model, loaded):
-        for a, b in zip(m.variables, other.variables):
-            np.testing.assert_array_equal(to_numpy(a), to_numpy(b), a.path)
-        for a, b in zip(m.optimizer.variables, other.optimizer.variables):
-            np.testing.assert_array_equal(to_numpy(a), to_numpy(b), a.path)
+        assert_same_variables(m.variables, other.variables)
+        assert_same_variables(m.optimizer.variables, other.optimizer.variables)
 
 
 def test_a_layer_frozen_during_the_run_is_noticed():
@@ -211,10 +195,8 @@ def test_a_callback_on_two_models_at_once():
     fit(alone, RecompositionCallback(interval=4))
     # Neither run took any harm.
     assert inner.optimizer is optimizer
-    for old, variable in zip(held, inner.variables):
-        np.testing.assert_array_equal(old, to_numpy(variable))
-    for a, b in zip(model.variables, alone.variables):
-        np.testing.assert_array_equal(to_numpy(a), to_numpy(b), a.path)
+    assert_same_variables(held, inner.variables)
+    assert_same_variables(model.variables, alone.variables)
     # Afterwards it may follow another model.
     fit(inner, callback)
 

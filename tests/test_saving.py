@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from support import assert_same_variables
 from support import effective
 from support import regression_data
 from support import to_numpy
@@ -35,10 +36,8 @@ def run(model, data, interval=5, epochs=1, **kwargs):
 
 
 def same_to_the_bit(first, second):
-    for a, b in zip(first.variables, second.variables):
-        np.testing.assert_array_equal(to_numpy(a), to_numpy(b), a.path)
-    for a, b in zip(first.optimizer.variables, second.optimizer.variables):
-        np.testing.assert_array_equal(to_numpy(a), to_numpy(b), a.path)
+    assert_same_variables(first.variables, second.variables)
+    assert_same_variables(first.optimizer.variables, second.optimizer.variables)
     states = [
         m.get_layer("hidden").adapter_state.to_arrays() for m in (first, second)
     ]

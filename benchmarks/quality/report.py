@@ -96,8 +96,8 @@ def table(task, cells):
         f"## {task}\n",
         "| rank | method | learning rate | training loss | test loss | "
         "to LoRA, paired | of the gap to 4r | accuracy | recompositions | "
-        "seeds |",
-        "|---" * 10 + "|",
+        "training loss after a quarter | steps to LoRA's | seeds |",
+        "|---" * 12 + "|",
     ]
 
     def test_loss(key):
@@ -118,7 +118,9 @@ def table(task, cells):
             f"{paired(runs, lora) if lora and method != 'lora' else ''} | "
             f"{gap(runs, lora, quadruple) if lora and quadruple else ''} | "
             f"{f'{np.mean(accuracy):.4f}' if accuracy else ''} | "
-            f"{records[0]['recompositions']} | {len(runs)} |"
+            f"{records[0]['recompositions']} | "
+            f"{np.mean([after_a_quarter(r) for r in records]):.4f} | "
+            f"{steps_to(runs, lora) if lora else ''} | {len(runs)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -149,6 +151,25 @@ def gap(runs, lora, quadruple):
     if whole > -SMALLEST_GAP:
         return ""
     return f"{differences(runs, lora).mean() / whole:.2f}"
+
+
+def after_a_quarter(record):
+    """Training loss around a quarter of the run: the mean of a tenth of it."""
+    points = len(record["curve"])
+    return np.mean(record["curve"][points // 5 : points * 3 // 10])
+
+
+def steps_to(runs, lora):
+    """Part of the run after which the training loss is LoRA's final one."""
+    parts = []
+    for seed in runs:
+        if seed in lora:
+            curve = np.array(runs[seed]["curve"])
+            reached = np.flatnonzero(curve <= lora[seed]["train_loss"])
+            if not len(reached):
+                return "never"
+            parts.append((reached[0] + 1) / len(curve))
+    return f"{np.mean(parts):.2f}" if parts else ""
 
 
 def plot(task, cells, path):
