@@ -8,7 +8,6 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from keras import ops
 
 from keras_srlora._decomposition import Directions
 from keras_srlora._gate import FlatLoss
@@ -64,14 +63,14 @@ class Schedule:
 class Statistics(NamedTuple):
     """Running averages of the sensitivity of one layer's two factors.
 
-    float32 variables (or arrays, between two runs): `average` is `Ī`,
-    `uncertainty` is `Ū`; shapes `(rank, in)` for `_a`, `(rank, out)` for `_b`.
+    float32 arrays: `average` is `Ī`, `uncertainty` is `Ū`; shapes `(rank, in)`
+    for `_a`, `(rank, out)` for `_b`.
     """
 
-    average_a: object
-    uncertainty_a: object
-    average_b: object
-    uncertainty_b: object
+    average_a: np.ndarray
+    uncertainty_a: np.ndarray
+    average_b: np.ndarray
+    uncertainty_b: np.ndarray
 
 
 @dataclasses.dataclass
@@ -93,7 +92,8 @@ class AdapterState:
         fused_b: float32, `(m, out)`.
         history: float64, `(m, 5)`, with columns `HISTORY`.
         schedule: `Schedule` of the run.
-        statistics: `Statistics`, or `None` before the first run.
+        statistics: `Statistics`, during a run the `RunningStatistics` of its
+            `Sensitivity`, `None` before the first one.
         gate: `FlatLoss` of a run whose recipe has a gate; with the first layer
             alone.
         random: `RandomState` of the model, or the arrays of one that were
@@ -109,7 +109,7 @@ class AdapterState:
     fused_b: np.ndarray | None = None
     history: np.ndarray | None = None
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    statistics: Statistics | None = None
+    statistics: object = None
     gate: FlatLoss | None = None
     random: RandomState | dict | None = None
 
@@ -210,8 +210,9 @@ class AdapterState:
         }
         arrays.update(self.directions._asdict())
         arrays["schedule"] = np.array(dataclasses.astuple(self.schedule), "f8")
-        if self.statistics is not None:
-            arrays.update(_as_arrays(self.statistics))
+        statistics = self.statistics_to_numpy()
+        if statistics is not None:
+            arrays.update(statistics._asdict())
         if self.gate is not None:
             arrays["gate"] = self.gate.to_array()
         if isinstance(self.random, RandomState):
@@ -264,14 +265,8 @@ class AdapterState:
         if self is running:
             return self
         held = running.statistics
-        if held is not None and not isinstance(held[0], np.ndarray):
-            for name, variable in held._asdict().items():
-                value = getattr(self.statistics, name, None)
-                variable.assign(
-                    np.zeros(variable.shape, "float32")
-                    if value is None
-                    else value
-                )
+        if held is not None and not isinstance(held, Statistics):
+            held.assign(self.statistics)
             self.statistics = held
         if isinstance(running.random, RandomState):
             self.attach_random(running.random)
@@ -283,14 +278,8 @@ class AdapterState:
             random.restore(self.random)
         self.random = random
 
-    def detach_statistics(self):
-        """Turns variables into arrays, which outlive the run's optimizer."""
-        if self.statistics is not None:
-            self.statistics = Statistics(**_as_arrays(self.statistics))
-
-
-def _as_arrays(statistics):
-    return {
-        name: np.array(ops.convert_to_numpy(value), "float32")
-        for name, value in statistics._asdict().items()
-    }
+    def statistics_to_numpy(self):
+        """As `Statistics`, which outlive the run; `None` before the first."""
+        if self.statistics is None or isinstance(self.statistics, Statistics):
+            return self.statistics
+        return self.statistics.to_numpy()

@@ -78,13 +78,13 @@ def recompose(sensitivity, optimizer=None, step=0):
             optimizer, _keras.optimizer_trainable_variables(optimizer)
         )
         _slots.warn_of_unknown(optimizer, unknown)
-    events = []
+    events, recomposed = [], []
     for layer, scores in zip(sensitivity.layers, sensitivity.importance()):
         event = _recompose_layer(layer, scores, step)
         if event is None:
             continue
         events.append(event)
-        sensitivity.reset(layer)
+        recomposed.append(layer)
         restarted = _slots.row_mask(layer.rank, list(event.slots))
         for factor in layer.factors:
             _slots.restart_slots(
@@ -93,6 +93,7 @@ def recompose(sensitivity, optimizer=None, step=0):
                 restarted,
                 layer.recipe["slots"],
             )
+    sensitivity.reset(recomposed)
     return events
 
 

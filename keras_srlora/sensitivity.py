@@ -1,5 +1,8 @@
 """`Sensitivity`: the running statistics of a set of layers."""
 
+import math
+from typing import NamedTuple
+
 import keras
 import numpy as np
 from keras import ops
@@ -33,8 +36,9 @@ class Sensitivity:
         beta2: float in [0, 1). Decay of `Ū`. Defaults to `0.85`.
 
     Attributes:
-        variables: list of float32 variables, four a layer; memory
-            `2 · rank · (in + out)` numbers a layer.
+        variables: two float32 variables, `Ī` and `Ū` of all factors one after
+            the other, so that a step updates them in a few operations however
+            many layers there are; `2 · rank · (in + out)` numbers a layer.
 
     Example:
 
@@ -52,16 +56,21 @@ class Sensitivity:
         self.layers = list(layers)
         self.beta1 = beta1
         self.beta2 = beta2
-        for layer in self.layers:
-            layer.adapter_state.statistics = _make_variables(layer)
-
-    @property
-    def variables(self):
-        return [
-            variable
-            for layer in self.layers
-            for variable in layer.adapter_state.statistics
+        held = [x.adapter_state.statistics_to_numpy() for x in self.layers]
+        self._places = _places(self.layers)
+        self._average, self._uncertainty = self.variables = [
+            keras.Variable(
+                _flat_values(self.layers, held, name),
+                dtype="float32",
+                trainable=False,
+                name=f"sensitivity_{name}",
+            )
+            for name in ("average", "uncertainty")
         ]
+        for layer in self.layers:
+            layer.adapter_state.statistics = RunningStatistics(
+                self.variables, self._places[layer]
+            )
 
     def update(self, gradients, variables, is_step=True):
         """One step of the averages, from the gradients of this step.
@@ -76,39 +85,34 @@ class Sensitivity:
         gradient_of = {
             id(v): g for v, g in zip(variables, gradients) if g is not None
         }
-        scored = []
-        for layer in self.layers:
-            # A layer that took no part in the loss has no gradient.
-            if all(id(v) in gradient_of for v in layer.factors):
-                scored.append(layer)
-        observed = [
-            sensitivity(v, gradient_of[id(v)])
-            for layer in scored
-            for v in layer.factors
+        scored = [
+            layer
+            for layer in self.layers
+            if all(id(v) in gradient_of for v in layer.factors)
         ]
-        # |w·g| can overflow where g does not.
-        accepted = ops.all(
-            ops.stack(
-                [
-                    ops.all(ops.isfinite(x))
-                    for x in [*gradient_of.values(), *observed]
-                ]
-            )
+        if not scored:
+            return
+        factors = [v for layer in self.layers for v in layer.factors]
+        observed = sensitivity(
+            _flat(factors),
+            _flat(
+                gradient_of.pop(id(v), np.zeros(v.shape, "float32"))
+                for v in factors
+            ),
+        )
+        # A sum is finite where all of its terms are; and |w·g| only where g is.
+        terms = [observed, *gradient_of.values()]
+        accepted = ops.isfinite(
+            sum(ops.sum(ops.cast(x, "float32")) for x in terms)
         )
         accepted = ops.logical_and(accepted, is_step)
-        observed = iter(observed)
-        for layer in scored:
-            statistics = layer.adapter_state.statistics
-            for average, uncertainty in (statistics[:2], statistics[2:]):
-                old = (
-                    ops.convert_to_tensor(average),
-                    ops.convert_to_tensor(uncertainty),
-                )
-                new = update_averages(
-                    *old, next(observed), self.beta1, self.beta2
-                )
-                average.assign(ops.where(accepted, new[0], old[0]))
-                uncertainty.assign(ops.where(accepted, new[1], old[1]))
+        if len(scored) < len(self.layers):
+            # A layer that took no part in the loss has no gradient.
+            accepted = ops.logical_and(accepted, self._mask(scored))
+        old = [ops.convert_to_tensor(v) for v in self.variables]
+        new = update_averages(*old, observed, self.beta1, self.beta2)
+        for variable, before, after in zip(self.variables, old, new):
+            variable.assign(ops.where(accepted, after, before))
 
     def importance(self):
         """Importance of each pair of each layer.
@@ -117,44 +121,110 @@ class Sensitivity:
             List of float32 NumPy arrays, one a layer, of shape `(rank,)`. One
             transfer from the device for all of them.
         """
+        values = [ops.convert_to_tensor(v) for v in self.variables]
         scores = [
-            pair_importance(
-                *map(ops.convert_to_tensor, layer.adapter_state.statistics)
-            )
+            pair_importance(*_parts(values, self._places[layer]))
             for layer in self.layers
         ]
         ends = np.cumsum([layer.rank for layer in self.layers])[:-1]
         return np.split(ops.convert_to_numpy(ops.concatenate(scores)), ends)
 
-    def reset(self, layer):
-        """Restarts the statistics of a layer from zero."""
-        for variable in layer.adapter_state.statistics:
-            variable.assign(ops.zeros(variable.shape, variable.dtype))
+    def reset(self, layers):
+        """Restarts the statistics of some layers from zero."""
+        mask = self._mask(layers)
+        for variable in self.variables:
+            value = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(mask, 0.0, value))
+
+    def _mask(self, layers):
+        """True in the entries of some layers; bool array."""
+        mask = np.zeros(self._average.shape, "bool")
+        for layer in layers:
+            for place in self._places[layer]:
+                mask[place.start : place.stop] = True
+        return mask
 
     def detach(self):
         """Leaves the values with the layers, as arrays, for the next run."""
         for layer in self.layers:
-            layer.adapter_state.detach_statistics()
+            state = layer.adapter_state
+            state.statistics = state.statistics_to_numpy()
 
 
-def _make_variables(layer):
-    """Variables that go on from the values that the layer holds, if any."""
-    layer.adapter_state.detach_statistics()
-    held = layer.adapter_state.statistics
+class RunningStatistics:
+    """One layer's part of the variables of a `Sensitivity`."""
 
-    def make(factor, name):
-        value = getattr(held, name, np.zeros(factor.shape, "float32"))
-        return keras.Variable(
-            value,
-            dtype="float32",
-            trainable=False,
-            name=f"{factor.name}_{name[:-2]}",
+    def __init__(self, variables, places):
+        self._variables = variables
+        self._places = places
+
+    def to_numpy(self):
+        """The values now, as `Statistics` of arrays."""
+        values = [ops.convert_to_tensor(v) for v in self._variables]
+        return Statistics(
+            *(
+                np.array(ops.convert_to_numpy(part))
+                for part in _parts(values, self._places)
+            )
         )
 
-    a, b = layer.factors
-    return Statistics(
-        average_a=make(a, "average_a"),
-        uncertainty_a=make(a, "uncertainty_a"),
-        average_b=make(b, "average_b"),
-        uncertainty_b=make(b, "uncertainty_b"),
+    def assign(self, statistics):
+        """Goes on from other values; from zero for `None`."""
+        averages = uncertainties = [np.zeros(x.shape) for x in self._places]
+        if statistics is not None:
+            averages, uncertainties = statistics[::2], statistics[1::2]
+        for variable, arrays in zip(self._variables, (averages, uncertainties)):
+            for place, array in zip(self._places, arrays):
+                flat = np.asarray(array, "float32").reshape(-1)
+                value = ops.convert_to_tensor(variable)
+                variable.assign(ops.slice_update(value, [place.start], flat))
+
+
+class _Place(NamedTuple):
+    """Where a factor's entries lie in the flat variables."""
+
+    start: int
+    stop: int
+    shape: tuple
+
+
+def _places(layers):
+    """`{layer: (place of a, place of b)}`."""
+    places, start = {}, 0
+    for layer in layers:
+        pair = []
+        for factor in layer.factors:
+            stop = start + math.prod(factor.shape)
+            pair.append(_Place(start, stop, tuple(factor.shape)))
+            start = stop
+        places[layer] = tuple(pair)
+    return places
+
+
+def _parts(values, places):
+    """The arguments of `pair_importance` and of `Statistics`, in order."""
+    return [
+        ops.reshape(value[place.start : place.stop], place.shape)
+        for place in places
+        for value in values
+    ]
+
+
+def _flat(arrays):
+    arrays = [ops.convert_to_tensor(x) for x in arrays]
+    return ops.concatenate(
+        [ops.cast(ops.reshape(x, (-1,)), "float32") for x in arrays]
+    )
+
+
+def _flat_values(layers, held, name):
+    """What the layers hold of one statistic, or zeros, one after the other."""
+    return np.concatenate(
+        [
+            np.zeros(factor.shape, "float32").reshape(-1)
+            if statistics is None
+            else getattr(statistics, f"{name}_{letter}").reshape(-1)
+            for layer, statistics in zip(layers, held)
+            for letter, factor in zip("ab", layer.factors)
+        ]
     )

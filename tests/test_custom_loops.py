@@ -119,7 +119,9 @@ def numbers_of(model, layers):
     """Every number that a run leaves in a model, by name."""
     numbers = {v.path: to_numpy(v) for v in model.variables}
     for layer in layers:
-        for name, value in layer.adapter_state.statistics._asdict().items():
+        for name, value in (
+            layer.adapter_state.statistics_to_numpy()._asdict().items()
+        ):
             numbers[f"{layer.path}/{name}"] = to_numpy(value)
     return numbers
 

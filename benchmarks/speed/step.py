@@ -1,0 +1,60 @@
+"""Seconds of a training step of each method, side by side in one process.
+
+KERAS_BACKEND=jax python benchmarks/speed/step.py
+"""
+
+import json
+import sys
+
+import contestants
+import keras
+import numpy as np
+import turns
+
+METHODS = ("full", "floor", "keras_lora", "srlora")
+WITHOUT = "srlora_without_statistics"
+OTHERS = ("floor", "keras_lora", *contestants.PEFT)
+
+
+def measure(rounds=11, rounds_of_statistics=31, steps=3, **size):
+    """Seconds a step, ratios to the others, trainable parameters."""
+    methods = list(METHODS)
+    if keras.backend.backend() == "torch":
+        methods += contestants.PEFT
+    seconds, parameters = race(methods, rounds, steps, **size)
+    ratios = {
+        other: turns.ratio(seconds, "srlora", other)
+        for other in OTHERS
+        if other in seconds
+    }
+    pair, _ = race(["srlora", WITHOUT], rounds_of_statistics, 2, **size)
+    ratios[WITHOUT] = turns.ratio(pair, "srlora", WITHOUT)
+    ratios["floor / keras_lora"] = turns.ratio(seconds, "floor", "keras_lora")
+    return {
+        "seconds": {
+            name: round(float(np.median(values)), 4)
+            for name, values in seconds.items()
+        },
+        "parameters": parameters,
+        "ratios": {
+            name: [round(x, 3) for x in values]
+            for name, values in ratios.items()
+        },
+    }
+
+
+def race(methods, rounds, steps, **size):
+    """`(seconds of each round, trainable parameters)`, by method."""
+    loops, parameters = {}, {}
+    for name in methods:
+        make = (
+            contestants.peft_loop
+            if name in contestants.PEFT
+            else contestants.keras_loop
+        )
+        loops[name], parameters[name] = make(name, **size)
+    return turns.interleave(loops, rounds, steps), parameters
+
+
+if __name__ == "__main__":
+    json.dump(measure(), sys.stdout, indent=1)
