@@ -5,7 +5,6 @@ is the matrix (contracted dimensions) × (dimensions of the kernel alone), after
 a permutation where its axes are stored in another order.
 """
 
-import functools
 import math
 import string
 from typing import NamedTuple
@@ -57,8 +56,6 @@ def is_identity(axes):
     return tuple(axes) == tuple(range(len(axes)))
 
 
-# An eager backend asks for it in every call of a layer.
-@functools.lru_cache
 def dense(input_ndim, in_features, out_features):
     """The contraction of `keras.layers.Dense`: nothing is permuted."""
     *batch, contracted, out = string.ascii_lowercase[: input_ndim + 1]
@@ -73,7 +70,6 @@ def dense(input_ndim, in_features, out_features):
     )
 
 
-@functools.lru_cache
 def analyze(equation, input_ndim, kernel_shape):
     """Reads an `EinsumDense` equation as a product of matrices.
 
