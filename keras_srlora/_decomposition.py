@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 OVERSAMPLING = 24
-# How often `W Wᵀ` (or `Wᵀ W`) is applied to the basis.
+# How often `W Wᵀ` is applied to the basis.
 PRODUCTS = 3
 # A polynomial must not make the leading directions so much larger than the last
 # that rounding to float32 drowns these.
@@ -24,7 +24,9 @@ METHODS = ("auto", "exact", "randomized")
 class Directions(NamedTuple):
     """Leading singular directions, one a row, in falling order.
 
-    `matrix ≈ left.T @ diag(singular_values) @ right`.
+    `matrix ≈ left.T @ diag(singular_values) @ right`, and to rounding
+    `left @ matrix = diag(singular_values) @ right`, by which a layer recognises
+    the kernel that its record belongs to.
 
     Attributes:
         left: float32 array of shape `(count, in)`, orthonormal rows.
@@ -49,7 +51,8 @@ def decompose(matrix, count, method="auto"):
     """Computes the `count` leading singular directions of a matrix.
 
     Everything runs in float32 on the matrix's device, whatever its dtype; only
-    the `count` directions come to the host.
+    the `count` directions, and the few numbers that choose the polynomial, come
+    to the host.
 
     Args:
         matrix: tensor of shape `(in, out)`.
@@ -80,25 +83,17 @@ def decompose(matrix, count, method="auto"):
 
 
 def _randomized_svd(matrix, count):
-    # The basis is of the smaller side, where it is cheaper to keep orthonormal.
-    # Of the matrix nothing is copied, not even to transpose it.
-    tall = matrix.shape[0] > matrix.shape[1]
-
     def project(basis):
-        if tall:
-            return ops.transpose(ops.matmul(matrix, basis))
         return ops.matmul(ops.transpose(basis), matrix)
 
     def expand(projected):
-        if tall:
-            return ops.transpose(ops.matmul(projected, matrix))
         return ops.matmul(matrix, ops.transpose(projected))
 
-    side = min(matrix.shape)
+    width = min(count + OVERSAMPLING, *matrix.shape)
     # A fixed generator, not Keras's: a decomposition is a function of the
     # matrix, equal on every backend and every device.
     start = np.random.default_rng(0).standard_normal(
-        (side, min(count + OVERSAMPLING, side)), "float32"
+        (matrix.shape[0], width), "float32"
     )
     projected = project(ops.convert_to_tensor(start))
     # Squares of very large and very small entries would be out of range.
@@ -114,11 +109,10 @@ def _randomized_svd(matrix, count):
         edge, degree = _choose_filter(basis, image, count, products)
         basis, _ = ops.qr(_chebyshev(apply, basis, image, edge, degree))
         products -= degree
+    # The basis is one of the left side, so that `left @ matrix` is
+    # `singular_values * right` to rounding, however near the directions are.
     left, singular_values, right = ops.svd(project(basis), full_matrices=False)
-    left = ops.matmul(basis, left)
-    if tall:
-        left, right = ops.transpose(right), ops.transpose(left)
-    return left, singular_values, right
+    return ops.matmul(basis, left), singular_values, right
 
 
 def _choose_filter(basis, image, count, most):

@@ -54,18 +54,26 @@ class Sensitivity:
         check_fraction("beta1", beta1, low_open=False, high_open=True)
         check_fraction("beta2", beta2, low_open=False, high_open=True)
         self.layers = list(layers)
+        if not self.layers:
+            raise ValueError(
+                "There is nothing to score. Pass at least one SRLoRA layer. "
+                f"Received: layers={layers!r}"
+            )
         self.beta1 = beta1
         self.beta2 = beta2
-        held = [x.adapter_state.statistics_to_numpy() for x in self.layers]
         self._places = _places(self.layers)
-        self._average, self._uncertainty = self.variables = [
+        held = [
+            x.adapter_state.statistics_to_numpy() or _zeros(self._places[x])
+            for x in self.layers
+        ]
+        self.variables = [
             keras.Variable(
-                _flat_values(self.layers, held, name),
+                np.concatenate([x.reshape(-1) for s in held for x in s[i::2]]),
                 dtype="float32",
                 trainable=False,
                 name=f"sensitivity_{name}",
             )
-            for name in ("average", "uncertainty")
+            for i, name in enumerate(("average", "uncertainty"))
         ]
         for layer in self.layers:
             layer.adapter_state.statistics = RunningStatistics(
@@ -85,29 +93,36 @@ class Sensitivity:
         gradient_of = {
             id(v): g for v, g in zip(variables, gradients) if g is not None
         }
+        # A layer that took no part in the loss has no gradient.
         scored = [
             layer
             for layer in self.layers
             if all(id(v) in gradient_of for v in layer.factors)
         ]
-        if not scored:
-            return
+        # In its place, weights and gradients of zero keep the lengths.
+        zeros = {
+            id(v): np.zeros(v.shape, "float32")
+            for layer in self.layers
+            if layer not in scored
+            for v in layer.factors
+        }
         factors = [v for layer in self.layers for v in layer.factors]
         observed = sensitivity(
-            _flat(factors),
-            _flat(
-                gradient_of.pop(id(v), np.zeros(v.shape, "float32"))
-                for v in factors
-            ),
+            _flat(zeros.get(id(v), v) for v in factors),
+            _flat(zeros.get(id(v), gradient_of.get(id(v))) for v in factors),
         )
-        # A sum is finite where all of its terms are; and |w·g| only where g is.
-        terms = [observed, *gradient_of.values()]
+        # A sum that is finite has only finite terms, and one pass is cheaper
+        # than a test of each; |w·g| is finite only where g is.
+        seen = {id(v) for layer in scored for v in layer.factors}
+        terms = [
+            observed,
+            *(g for k, g in gradient_of.items() if k not in seen),
+        ]
         accepted = ops.isfinite(
             sum(ops.sum(ops.cast(x, "float32")) for x in terms)
         )
         accepted = ops.logical_and(accepted, is_step)
-        if len(scored) < len(self.layers):
-            # A layer that took no part in the loss has no gradient.
+        if zeros:
             accepted = ops.logical_and(accepted, self._mask(scored))
         old = [ops.convert_to_tensor(v) for v in self.variables]
         new = update_averages(*old, observed, self.beta1, self.beta2)
@@ -138,7 +153,7 @@ class Sensitivity:
 
     def _mask(self, layers):
         """True in the entries of some layers; bool array."""
-        mask = np.zeros(self._average.shape, "bool")
+        mask = np.zeros(self.variables[0].shape, "bool")
         for layer in layers:
             for place in self._places[layer]:
                 mask[place.start : place.stop] = True
@@ -170,13 +185,11 @@ class RunningStatistics:
 
     def assign(self, statistics):
         """Goes on from other values; from zero for `None`."""
-        averages = uncertainties = [np.zeros(x.shape) for x in self._places]
-        if statistics is not None:
-            averages, uncertainties = statistics[::2], statistics[1::2]
-        for variable, arrays in zip(self._variables, (averages, uncertainties)):
-            for place, array in zip(self._places, arrays):
-                flat = np.asarray(array, "float32").reshape(-1)
+        statistics = statistics or _zeros(self._places)
+        for index, variable in enumerate(self._variables):
+            for place, array in zip(self._places, statistics[index::2]):
                 value = ops.convert_to_tensor(variable)
+                flat = ops.convert_to_tensor(array.reshape(-1))
                 variable.assign(ops.slice_update(value, [place.start], flat))
 
 
@@ -217,14 +230,8 @@ def _flat(arrays):
     )
 
 
-def _flat_values(layers, held, name):
-    """What the layers hold of one statistic, or zeros, one after the other."""
-    return np.concatenate(
-        [
-            np.zeros(factor.shape, "float32").reshape(-1)
-            if statistics is None
-            else getattr(statistics, f"{name}_{letter}").reshape(-1)
-            for layer, statistics in zip(layers, held)
-            for letter, factor in zip("ab", layer.factors)
-        ]
+def _zeros(places):
+    """The `Statistics` of a layer before its first step."""
+    return Statistics(
+        *(np.zeros(place.shape, "float32") for place in places for _ in "IU")
     )

@@ -45,15 +45,58 @@ def test_directions_are_orthonormal(kind, method, rng):
         np.testing.assert_allclose(vectors @ vectors.T, np.eye(10), atol=1e-5)
 
 
-def test_randomized_keeps_the_energy_of_a_slow_spectrum(rng):
-    # S_i = i^-1/2, slower than that of pretrained kernels.
+def with_spectrum(s, rng):
     left, _ = np.linalg.qr(rng.standard_normal((300, 300)))
     right, _ = np.linalg.qr(rng.standard_normal((400, 300)))
+    return ((left * s) @ right.T).astype("float32")
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_randomized_keeps_the_energy_of_a_slow_spectrum(tall, rng):
+    # S_i = i^-1/2, slower than that of pretrained kernels.
     s = np.arange(1, 301) ** -0.5
-    w = ((left * s) @ right.T).astype("float32")
+    w = with_spectrum(s, rng)
+    w = w.T if tall else w
     found = decompose(w, 32, "randomized")
-    energy = np.sum((found.left @ w) ** 2)
-    assert energy >= 0.99 * np.sum(s[:32] ** 2)
+    for energy in (
+        np.sum((found.left @ w) ** 2),
+        np.sum((found.right @ w.T) ** 2),
+    ):
+        assert energy >= 0.99 * np.sum(s[:32] ** 2)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("tall", [False, True])
+def test_left_vectors_are_mapped_to_the_right_ones(tall, method, rng):
+    """To rounding: `find_record` tells kernels apart by it."""
+    w = with_spectrum(np.arange(1, 301) ** -0.1, rng)
+    w = w.T if tall else w
+    found = decompose(w, 32, method)
+    np.testing.assert_allclose(
+        found.left @ w,
+        found.singular_values[:, None] * found.right,
+        atol=TOLERANCE,
+    )
+
+
+def test_randomized_finds_the_small_directions_of_a_steep_spectrum(rng):
+    # From 1 to 1e-3 over the 32 directions; a cubed amplification of the first
+    # would drown the last in the rounding errors of float32.
+    s = 10 ** (-np.arange(300) * 3 / 31)
+    w = with_spectrum(s, rng)
+    found = decompose(w, 32, "randomized")
+    np.testing.assert_allclose(found.singular_values, s[:32], rtol=1e-2)
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1e-12, 1e12])
+def test_randomized_does_not_depend_on_the_unit(unit, rng):
+    # In float32, 1e-25 squared is zero.
+    w = with_spectrum(np.arange(1, 301) ** -0.5, rng)
+    expected = decompose(w, 32, "randomized").singular_values
+    found = decompose((w * unit).astype("float32"), 32, "randomized")
+    np.testing.assert_allclose(
+        found.singular_values / unit, expected, rtol=1e-4
+    )
 
 
 def test_auto_is_randomized_where_few_of_many_are_wanted(monkeypatch, rng):

@@ -296,6 +296,45 @@ def test_statistics_of_a_recomposed_layer_restart_from_zero(rng):
         np.testing.assert_array_equal(old, to_numpy(new))
 
 
+def test_a_layer_without_gradient_keeps_its_statistics(rng):
+    """Whatever its weights are; those of the other layer go on."""
+    layer = dense_layer(matrix("gaussian", 10, 6, rng), rank=2)
+    other = dense_layer(matrix("gaussian", 10, 6, rng), rank=2)
+    sensitivity = keras_srlora.Sensitivity([layer, other])
+    for variable in sensitivity.variables:
+        variable.assign(rng.random(variable.shape))
+    other.lora_kernel_b.assign(np.full((2, 6), np.nan))
+    kept = other.adapter_state.statistics_to_numpy()
+    before = layer.adapter_state.statistics_to_numpy()
+    gradients = [ops.ones(v.shape) for v in layer.factors]
+    sensitivity.update(
+        [*gradients, None, None], [*layer.factors, *other.factors]
+    )
+    for old, new in zip(kept, other.adapter_state.statistics_to_numpy()):
+        np.testing.assert_array_equal(old, new)
+    for old, new in zip(before, layer.adapter_state.statistics_to_numpy()):
+        assert (old != new).all()
+
+
+def test_a_gradient_of_another_variable_that_is_not_finite_leaves_no_mark(rng):
+    layer = dense_layer(matrix("gaussian", 10, 6, rng), rank=2)
+    sensitivity = keras_srlora.Sensitivity([layer])
+    head = keras.Variable(np.ones((3, 3), "float32"))
+    gradients = [ops.ones(v.shape) for v in layer.factors]
+    bad = np.ones((3, 3), "float32")
+    bad[1, 1] = np.nan
+    sensitivity.update(
+        [*gradients, ops.convert_to_tensor(bad)], [*layer.factors, head]
+    )
+    for value in layer.adapter_state.statistics_to_numpy():
+        assert not value.any()
+
+
+def test_nothing_to_score_is_refused():
+    with pytest.raises(ValueError, match="nothing to score"):
+        keras_srlora.Sensitivity([])
+
+
 @pytest.mark.parametrize("name", ["beta1", "beta2"])
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan"), "0.5", None])
 def test_bad_betas_are_refused(name, value):

@@ -13,16 +13,9 @@ import numpy as np
 from turns import Loop
 
 import keras_srlora
+from keras_srlora.convert import _find_targets
 
 VOCABULARY, TOKENS = 30522, 128
-TARGETS = [
-    "query",
-    "key",
-    "value",
-    "attention_output",
-    "feedforward_intermediate_dense",
-    "feedforward_output_dense",
-]
 RATE = 1e-4
 
 
@@ -66,13 +59,8 @@ def classifier(layers=2, width=768):
 
 
 def targets(model):
-    """The plain layers that are adapted."""
-    return [
-        layer
-        for layer in model.backbone._flatten_layers()
-        if layer.name in TARGETS
-        and isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
-    ]
+    """The layers that SRLoRA adapts by default; all others adapt the same."""
+    return _find_targets(model.backbone, None)
 
 
 def full(model, rank):
@@ -90,15 +78,16 @@ def floor(model, rank):
 def keras_lora(model, rank):
     """Keras's own LoRA, as KerasHub enables it; without the biases."""
     model.backbone.trainable = True
-    model.backbone.enable_lora(rank, target_layer_names=TARGETS)
+    names = sorted({layer.name for layer in targets(model)})
+    model.backbone.enable_lora(rank, target_layer_names=names)
     for layer in targets(model):
         layer.bias.trainable = False
 
 
-def srlora(model, rank, recipe="paper"):
+def srlora(model, rank):
     """The callback scores; its first recomposition lies beyond the end."""
     model.backbone.trainable = True
-    keras_srlora.enable_srlora(model, rank, min(8 * rank, 128), recipe=recipe)
+    keras_srlora.enable_srlora(model, rank, min(8 * rank, 128), recipe="paper")
     # A run longer than the interval, which the benchmark never reaches.
     return keras_srlora.RecompositionCallback(interval=10**6)
 

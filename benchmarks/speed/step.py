@@ -1,6 +1,8 @@
 """Seconds of a training step of each method, side by side in one process.
 
-KERAS_BACKEND=jax python benchmarks/speed/step.py
+    KERAS_BACKEND=jax python benchmarks/speed/step.py
+
+Prints medians, and the ratios of SRLoRA to the others with their quartiles.
 """
 
 import json
