@@ -9,7 +9,9 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from support import dense_layer
 from support import effective
+from support import matrix
 from support import regression_data
 from support import to_numpy
 from support import two_layer_model
@@ -567,6 +569,23 @@ def test_a_layer_that_no_gradient_reached_is_left_alone(rng):
     sensitivity = keras_srlora.Sensitivity([model.get_layer("hidden")])
     with pytest.warns(UserWarning, match="no gradient reached it"):
         assert keras_srlora.recompose(sensitivity) == []
+
+
+def test_a_recomposition_restarts_the_statistics_of_its_layers_alone(rng):
+    layer, frozen = (
+        dense_layer(matrix("gaussian", 10, 6, rng), rank=2) for _ in range(2)
+    )
+    sensitivity = keras_srlora.Sensitivity([layer, frozen])
+    for variable in sensitivity.variables:
+        variable.assign(np.ones(variable.shape))
+    frozen.trainable = False
+    with pytest.warns(UserWarning, match="it was frozen"):
+        events = keras_srlora.recompose(sensitivity)
+    assert len(events) == 1
+    for value in layer.adapter_state.statistics_to_numpy():
+        assert not value.any()
+    for value in frozen.adapter_state.statistics_to_numpy():
+        assert value.all()
 
 
 def test_a_frozen_layer_is_left_alone_in_a_loop(rng):
