@@ -111,8 +111,10 @@ def _randomized_svd(matrix, count):
         products -= degree
     # The basis is one of the left side, so that `left @ matrix` is
     # `singular_values * right` to rounding, however near the directions are.
-    left, singular_values, right = ops.svd(project(basis), full_matrices=False)
-    return ops.matmul(basis, left), singular_values, right
+    left, singular_values, right = ops.svd(
+        project(basis) / unit, full_matrices=False
+    )
+    return ops.matmul(basis, left), singular_values * unit, right
 
 
 def _choose_filter(basis, image, count, most):
