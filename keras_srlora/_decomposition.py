@@ -102,7 +102,7 @@ def _randomized_svd(matrix, count):
     def apply(basis):
         return expand(project(basis) / unit) / unit
 
-    basis, _ = ops.qr(expand(projected / unit))
+    basis, _ = ops.qr(expand(projected / unit) / unit)
     products = PRODUCTS - 1
     while products:
         image = apply(basis)
