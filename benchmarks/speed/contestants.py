@@ -40,7 +40,7 @@ def classifier_data(batch, batches=8):
     return x, labels
 
 
-def classifier(layers=2, width=768):
+def classifier(layers=2, width=768, dtype=None):
     """A `BertTextClassifier` with a frozen backbone."""
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.BertBackbone(
@@ -50,6 +50,7 @@ def classifier(layers=2, width=768):
         hidden_dim=width,
         intermediate_dim=4 * width,
         dropout=0.0,
+        dtype=dtype,
     )
     model = keras_hub.models.BertTextClassifier(
         backbone, num_classes=2, dropout=0.0, preprocessor=None
@@ -117,9 +118,9 @@ class BeforeStep(keras.callbacks.Callback):
         self.function()
 
 
-def keras_loop(method, batch=8, rank=8, layers=2, width=768):
+def keras_loop(method, batch=8, rank=8, layers=2, width=768, dtype=None):
     """A `Loop` of `fit`, and the number of its trainable parameters."""
-    model = classifier(layers, width)
+    model = classifier(layers, width, dtype)
     callback = KERAS[method](model, rank)
     model.compile(
         keras.optimizers.AdamW(RATE),
@@ -147,10 +148,9 @@ def keras_loop(method, batch=8, rank=8, layers=2, width=768):
 def wait(model):
     """Returns when the last step of a model has ended."""
     if keras.backend.backend() == "jax":
-        import jax
-
         model.jax_state_sync()
-        jax.block_until_ready([v.value for v in model.variables])
+    # On an accelerator what was begun runs on; a value of it waits.
+    keras.ops.convert_to_numpy(model.trainable_variables[0])
 
 
 def count(variables):
@@ -167,7 +167,7 @@ PROJECTIONS = (
 PEFT = ("peft_lora", "peft_pissa", "peft_adalora")
 
 
-def peft_loop(method, batch=8, rank=8, layers=2, width=768):
+def peft_loop(method, batch=8, rank=8, layers=2, width=768, dtype=None):
     """A `Loop` of plain PyTorch, and the number of its parameters."""
     import peft
     import torch
@@ -199,10 +199,14 @@ def peft_loop(method, batch=8, rank=8, layers=2, width=768):
         start = "pissa" if method == "peft_pissa" else True
         config = peft.LoraConfig(init_lora_weights=start, **common)
     model = peft.get_peft_model(model, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device, getattr(torch, dtype or "float32"))
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, RATE)
-    tokens, labels = (torch.tensor(x, dtype=torch.int64) for x in data(batch))
+    tokens, labels = (
+        torch.tensor(x, dtype=torch.int64, device=device) for x in data(batch)
+    )
     mask = torch.ones_like(tokens[:batch])
 
     def train(before_step):
@@ -222,4 +226,7 @@ def peft_loop(method, batch=8, rank=8, layers=2, width=768):
                 model.base_model.update_and_allocate(step)
             step += 1
 
-    return Loop(train), count(trainable)
+    def wait():
+        trainable[0].detach().float().cpu()
+
+    return Loop(train, wait), count(trainable)
