@@ -18,6 +18,7 @@ from keras_srlora.einsum_dense import SRLoRAEinsumDense
 from keras_srlora.export import export_lora
 from keras_srlora.export import export_peft
 from keras_srlora.optimizer import SensitivityOptimizer
+from keras_srlora.parameters import print_trainable_parameters
 from keras_srlora.recomposition import Recomposition
 from keras_srlora.recomposition import recompose
 from keras_srlora.sensitivity import Sensitivity
@@ -40,6 +41,7 @@ __all__ = [
     "load_adapter",
     "load_plain_weights",
     "merge_srlora",
+    "print_trainable_parameters",
     "recompose",
     "save_adapter",
 ]

@@ -127,6 +127,8 @@ def load_adapter(model, filepath):
         model,
         [layer for layer, _ in plain],
         [_arguments(saved) for _, saved in plain],
+        # What was trained there is trained on here.
+        trained=[variable for variable, _ in others],
     )
     for layer, saved, arrays in plans:
         layer.recipe = get_recipe(saved["recipe"])
@@ -275,7 +277,6 @@ def _arguments(saved):
         "lora_alpha": saved["lora_alpha"],
         "recipe": get_recipe(saved["recipe"]),
         "decomposition": "auto",
-        "train_bias": False,
     }
 
 

@@ -10,6 +10,7 @@ from keras import ops
 from keras_srlora import _contraction
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
+from keras_srlora._checks import check_choice
 from keras_srlora._checks import check_finite_kernel
 from keras_srlora._checks import check_rank
 from keras_srlora._converted import ADAPTED
@@ -20,6 +21,8 @@ from keras_srlora._converted import merge_layers
 from keras_srlora._layers import srlora_layers
 from keras_srlora._recipes import get_recipe
 
+BIASES = ("none", "srlora_only", "all")
+
 
 def enable_srlora(
     model,
@@ -29,13 +32,17 @@ def enable_srlora(
     target_layer_names=None,
     recipe="adaptive",
     decomposition="auto",
+    exclude_layer_names=(),
+    rank_pattern=None,
+    bias="none",
 ):
     """Converts the projections of a built model to SRLoRA layers, in place.
 
     The layers keep their names, paths and places; their kernels are decomposed
-    now. Afterwards exactly the factors are trainable, and the head where there
-    is one: of a KerasHub task, everything outside of its `backbone`; of a model
-    of your own, the layers that make its outputs.
+    now. Afterwards exactly the factors are trainable, the biases that `bias`
+    says, and the head where there is one: of a KerasHub task, everything
+    outside of its `backbone`; of a model of your own, the layers that make its
+    outputs. `keras_srlora.print_trainable_parameters(model)` counts them.
 
     A model that was compiled before must be compiled again.
 
@@ -56,16 +63,26 @@ def enable_srlora(
             published) or a `Recipe`: how pairs start, which are fused, along
             what they restart, and when.
         decomposition: `"exact"`, `"randomized"` or `"auto"`.
+        exclude_layer_names: list of strings, as in `target_layer_names`: layers
+            that are left as they are. Defaults to none.
+        rank_pattern: dict from names or expressions to ranks, for layers whose
+            rank is not `rank`; the first that matches a layer holds, as in
+            PEFT. Their `target_rank` and `lora_alpha`, where these are `None`,
+            follow their own rank.
+        bias: which biases of the pretrained part are trained, as in PEFT:
+            `"none"`, `"srlora_only"` (of the converted layers) or `"all"`
+            (normalization layers' `beta`, too; a `.keras` file of a functional
+            model does not say which variables of a plain layer are frozen).
 
     Returns:
         List of the converted layers, ordered by their paths.
 
     Raises:
-        ValueError: before anything is changed, if a target matches nothing or a
-            layer of another class, the model is not built, a layer was
-            converted before or has Keras's LoRA, `rank` is above the smaller
-            side of a kernel, an equation is not one contraction, or a kernel
-            has entries that are not finite. The message names the layer.
+        ValueError: before anything is changed, if a name or expression matches
+            nothing or a layer of another class, the model is not built, a layer
+            was converted before or has Keras's LoRA, a rank is above the
+            smaller side of a kernel, an equation is not one contraction, or a
+            kernel has entries that are not finite. The message names the layer.
 
     Example:
 
@@ -75,18 +92,24 @@ def enable_srlora(
     ```
     """
     check_arguments(rank, target_rank, lora_alpha, decomposition)
-    layers = _find_targets(model, target_layer_names)
-    arguments = {
-        "rank": rank,
-        "target_rank": target_rank,
-        "lora_alpha": lora_alpha,
-        "recipe": get_recipe(recipe),
-        "decomposition": decomposition,
-        "train_bias": False,
-    }
-    for layer in layers:
-        check_convertible(layer, rank)
-    convert_plain(model, layers, [arguments] * len(layers))
+    check_choice("bias", bias, BIASES)
+    layers = _find_targets(model, target_layer_names, exclude_layer_names)
+    ranks = _find_ranks(model, layers, rank, rank_pattern)
+    arguments = [
+        {
+            "rank": of_layer,
+            "target_rank": target_rank,
+            "lora_alpha": lora_alpha,
+            "recipe": get_recipe(recipe),
+            "decomposition": decomposition,
+        }
+        for of_layer in ranks
+    ]
+    for layer, of_layer in zip(layers, ranks):
+        check_arguments(of_layer, target_rank, lora_alpha, decomposition)
+        check_convertible(layer, of_layer)
+    biases = _find_biases(model, layers, bias)
+    convert_plain(model, layers, arguments, trained=biases)
     for layer in layers:
         layer.initialize_factors()
     return layers
@@ -171,7 +194,7 @@ def load_plain_weights(model, filepath):
 # Which layers.
 
 
-def _find_targets(model, names):
+def _find_targets(model, names, excluded=()):
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"`model` must be a `keras.Model`. Received: {type(model)}"
@@ -196,7 +219,21 @@ def _find_targets(model, names):
             )
     else:
         targets = _named_targets(model, everything, names)
-    return sorted(targets, key=lambda layer: layer.path or layer.name)
+    _check_names("exclude_layer_names", excluded)
+    left_out = set()
+    for name in excluded:
+        matched = _matched(everything, name)
+        if not matched:
+            _refuse_name("exclude_layer_names", model, everything, name)
+        left_out.update(map(id, matched))
+    kept = [layer for layer in targets if id(layer) not in left_out]
+    if not kept:
+        raise ValueError(
+            f"`exclude_layer_names` leaves nothing of the {len(targets)} "
+            f"layers to convert in model {model.name!r}. "
+            f"Received: exclude_layer_names={excluded!r}"
+        )
+    return sorted(kept, key=lambda layer: layer.path or layer.name)
 
 
 def _default_targets(model, everything):
@@ -221,34 +258,77 @@ def _default_targets(model, everything):
 
 
 def _named_targets(model, everything, names):
-    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
-        raise ValueError(
-            "`target_layer_names` must be a list of strings. "
-            f"Received: target_layer_names={names!r}"
-        )
+    _check_names("target_layer_names", names)
     targets = {}
     for name in names:
-        matched = [
-            layer
-            for layer in everything
-            if name == layer.name or re.fullmatch(name, layer.path or "")
-        ]
+        matched = _matched(everything, name)
         if not matched:
-            _refuse_name(model, everything, name)
+            _refuse_name("target_layer_names", model, everything, name)
         # An expression may match norms on its way; a name alone may not.
         projections = [x for x in matched if isinstance(x, tuple(ADAPTED))]
         targets.update((id(x), x) for x in projections or matched)
     return list(targets.values())
 
 
-def _refuse_name(model, everything, name):
+def _matched(layers, name):
+    """The layers of a name, or whose whole path an expression matches."""
+    return [
+        layer
+        for layer in layers
+        if name == layer.name or re.fullmatch(name, layer.path or "")
+    ]
+
+
+def _check_names(argument, names):
+    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+        raise ValueError(
+            f"`{argument}` must be a list of strings. "
+            f"Received: {argument}={names!r}"
+        )
+
+
+def _refuse_name(argument, model, everything, name):
     known = {x.name: x.path for x in everything if type(x) in ADAPTED}
     near = difflib.get_close_matches(name, known) or sorted(known)
     raise ValueError(
-        f"`target_layer_names` matches nothing in model {model.name!r}. There "
+        f"`{argument}` matches nothing in model {model.name!r}. There "
         f"are layers of {len(known)} names that could be converted, such as "
         f"{[(x, known[x]) for x in near[:3]]} (name, path). Received: {name!r}"
     )
+
+
+def _find_ranks(model, layers, rank, pattern):
+    """The rank of each layer, by the first name or expression that matches."""
+    if pattern is None:
+        return [rank] * len(layers)
+    if not isinstance(pattern, dict):
+        raise ValueError(
+            "`rank_pattern` must be a dict from names to ranks. "
+            f"Received: rank_pattern={pattern!r}"
+        )
+    _check_names("rank_pattern", pattern)
+    ranks = {}
+    for name, of_name in pattern.items():
+        matched = _matched(layers, name)
+        if not matched:
+            _refuse_name("rank_pattern", model, layers, name)
+        for layer in matched:
+            ranks.setdefault(id(layer), of_name)
+    return [ranks.get(id(layer), rank) for layer in layers]
+
+
+def _find_biases(model, layers, bias):
+    """The variables that `bias` names."""
+    if bias == "none":
+        return []
+    if bias == "srlora_only":
+        return [layer.bias for layer in layers if layer.bias is not None]
+    return [v for v in model.variables if is_bias(v)]
+
+
+def is_bias(variable):
+    """Whether it is what PyTorch calls a bias, that of a norm included."""
+    return variable.name.endswith("bias") or variable.name == "beta"
 
 
 # Checks, all of them before the first change.
@@ -314,21 +394,23 @@ def _warn_of_outer_model(model):
 # The conversion.
 
 
-def _freeze_base(model, targets):
-    """Freezes the pretrained part, all but the targets.
+def _freeze_base(model, targets, trained):
+    """Freezes the pretrained part, all but the targets and some variables.
 
     `model.trainable = True` brings it back, but for what `_convert` moves out
     of its reach.
     """
     targets = {id(layer) for layer in targets}
+    trained = {id(variable) for variable in trained}
     for part in _base_parts(model, targets):
         for layer in _keras.flatten_layers(part):
-            if not inside(layer) & targets:
+            kept = any(id(v) in trained for v in layer.variables)
+            if not kept and not inside(layer) & targets:
                 layer.trainable = False
             elif id(layer) not in targets:
-                # Weights of its own, beside the layers that are converted.
+                # Weights of its own, beside those of the layers inside.
                 for variable in _keras.own_variables(layer):
-                    variable.trainable = False
+                    variable.trainable = id(variable) in trained
 
 
 def _base_parts(model, targets):
@@ -361,13 +443,18 @@ def plain_matrix(layer):
     return _contraction.as_matrix(_keras.stored_kernel(layer), plan)
 
 
-def convert_plain(model, layers, arguments):
+def convert_plain(model, layers, arguments, trained=()):
     """Converts checked plain layers, with a dict of arguments for each.
 
     Their kernels are not decomposed yet. Everything else that is pretrained is
-    frozen.
+    frozen, but for the variables in `trained`.
     """
     _warn_of_outer_model(model)
-    _freeze_base(model, layers)
+    _freeze_base(model, layers, trained)
+    trained = {id(variable) for variable in trained}
+    arguments = [
+        {**of_layer, "train_bias": id(layer.bias) in trained}
+        for layer, of_layer in zip(layers, arguments)
+    ]
     convert_layers(model, layers, arguments)
     _keras.drop_compiled_functions(model)

@@ -252,6 +252,125 @@ def test_targets_are_names_or_regular_expressions(bert, names, expected):
     assert {layer.name for layer in layers} == expected
 
 
+def test_excluded_layers_stay_as_they_are(bert):
+    layers = enable_srlora(
+        bert, rank=2, exclude_layer_names=["key", ".*feedforward_.*"]
+    )
+    assert {x.name for x in layers} == {"query", "value", "attention_output"}
+
+
+def test_a_rank_pattern_gives_layers_their_own_rank(bert, rng):
+    x = tokens(rng)
+    expected = to_numpy(bert(x)["sequence_output"])
+    layers = enable_srlora(
+        bert,
+        rank=2,
+        lora_alpha=4,
+        # The first that matches holds.
+        rank_pattern={"query": 3, ".*self_attention_layer.*": 1},
+    )
+    ranks = {layer.name: layer.rank for layer in layers}
+    assert ranks == {
+        "query": 3,
+        "key": 1,
+        "value": 1,
+        "attention_output": 1,
+        "feedforward_intermediate_dense": 2,
+        "feedforward_output_dense": 2,
+    }
+    by_name = {layer.name: layer for layer in layers}
+    assert by_name["query"].scale == 4 / 3 and by_name["key"].scale == 4
+    assert by_name["key"].direction_count == 8
+    np.testing.assert_allclose(
+        to_numpy(bert(x)["sequence_output"]), expected, atol=1e-5
+    )
+
+
+def test_layers_of_several_ranks_train_recompose_and_reload(
+    bert, rng, tmp_path
+):
+    pattern = {"query": 3, "key": 1}
+    enable_srlora(bert, 2, recipe="paper", rank_pattern=pattern)
+    model = classifier(bert)
+    x, y = tokens(rng), np.arange(4) % 3
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
+    callback = keras_srlora.RecompositionCallback(interval=2)
+    model.fit(x, y, batch_size=2, epochs=4, verbose=0, callbacks=[callback])
+    recomposed = {record.layer.split("/")[-1] for record in callback.record}
+    assert PROJECTIONS == recomposed
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    ranks = {x.name: x.rank for x in keras_srlora.initialize_factors(loaded)}
+    assert ranks == {**dict.fromkeys(PROJECTIONS, 2), **pattern}
+    np.testing.assert_allclose(
+        loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
+    )
+
+
+BIASES = {"bias", "beta"}
+
+
+@pytest.mark.parametrize(
+    "bias, count", [("none", 0), ("srlora_only", 6), ("all", 10)]
+)
+def test_which_biases_are_trained(bert, bias, count):
+    # Of the 10, two are `beta` of the block's norms, one that of the
+    # embeddings, one the bias of the pooler.
+    enable_srlora(bert, rank=2, bias=bias)
+    trained = [v for v in bert.trainable_variables if v.name in BIASES]
+    assert len(trained) == count
+    assert len(bert.trainable_variables) == 12 + count
+
+
+# Keras says it of the pooler's bias, whose output is not used.
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("bias", ["srlora_only", "all"])
+def test_trained_biases_are_trained_on_after_a_reload(
+    bert, rng, tmp_path, bias
+):
+    config, weights = bert.get_config(), bert.get_weights()
+    plain = type(bert).from_config(config)
+    plain.set_weights(weights)
+    enable_srlora(bert, rank=2, bias=bias)
+    task = classifier(bert)
+    x, y = tokens(rng), np.arange(4) % 3
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    task.compile(keras.optimizers.SGD(0.1), loss)
+    task.fit(x, y, verbose=0)
+    trained = {v.path for v in bert.trainable_variables}
+    path = tmp_path / "biases.safetensors"
+    keras_srlora.save_adapter(bert, path, include_trainable=True)
+    task.save(tmp_path / "task.keras")
+    keras_srlora.load_adapter(plain, path)
+    assert {v.path for v in plain.trainable_variables} == trained
+    by_file = keras.models.load_model(tmp_path / "task.keras")
+    assert len(by_file.trainable_variables) == len(task.trainable_variables)
+    np.testing.assert_allclose(
+        to_numpy(plain(x)["sequence_output"]),
+        to_numpy(bert(x)["sequence_output"]),
+        atol=1e-5,
+    )
+    # One more step of each ends at the same biases.
+    task.fit(x, y, verbose=0)
+    by_file.fit(x, y, verbose=0)
+    for old, new in zip(task.trainable_variables, by_file.trainable_variables):
+        np.testing.assert_allclose(to_numpy(old), to_numpy(new), atol=1e-6)
+
+
+def test_trainable_parameters_are_printed(bert, capsys):
+    enable_srlora(bert, rank=2, bias="srlora_only")
+    keras_srlora.print_trainable_parameters(bert)
+    # Six kernels between sides of 16 and 32; their biases.
+    factors = 2 * (4 * (16 + 16) + 2 * (16 + 32))
+    everything = bert.count_params()
+    trainable = factors + 4 * 16 + 32 + 16
+    assert capsys.readouterr().out == (
+        f"trainable params: {trainable:,} || all params: {everything:,} || "
+        f"trainable%: {100 * trainable / everything:.4f} || "
+        f"SRLoRA factors: {factors:,} in 6 layers\n"
+    )
+
+
 def test_an_einsum_equation_in_the_middle_of_a_model(rng):
     inputs = keras.Input((5, 8))
     x = keras.layers.EinsumDense(
@@ -326,6 +445,24 @@ def test_a_target_that_matches_nothing(bert):
 def test_target_names_of_a_wrong_type(bert):
     refused(bert, "must be a list of strings", target_layer_names="query")
     refused(bert, "must be a list of strings", target_layer_names=[1])
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"exclude_layer_names": ["qury"]}, "exclude_layer_names.*'qury'"),
+        ({"exclude_layer_names": "query"}, "must be a list of strings"),
+        ({"exclude_layer_names": [".*"]}, "leaves nothing of the 6"),
+        ({"rank_pattern": {"qury": 1}}, "rank_pattern.*'qury'"),
+        ({"rank_pattern": ["query"]}, "must be a dict"),
+        ({"rank_pattern": {"query": 0}}, "positive integer"),
+        ({"rank_pattern": {"query": 17}}, "above the smaller side.*query"),
+        ({"rank_pattern": {"key": 5}, "target_rank": 4}, "at least `rank`"),
+        ({"bias": "lora_only"}, "srlora_only.*Received: bias='lora_only'"),
+    ],
+)
+def test_bad_choices_of_layers_ranks_and_biases(bert, kwargs, message):
+    refused(bert, message, **kwargs)
 
 
 def test_a_target_of_another_class():

@@ -67,7 +67,10 @@ def fit_loop(name, rank, width, tokens):
     if name == "srlora":
         row = [
             keras_srlora.SRLoRADense(
-                width, rank=rank, target_rank=rank, recipe="paper"
+                width,
+                rank=rank,
+                target_rank=min(width, 8 * rank),
+                recipe="paper",
             )
             for _ in range(2)
         ]

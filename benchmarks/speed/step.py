@@ -15,7 +15,7 @@ import turns
 
 METHODS = ("full", "floor", "keras_lora", "srlora")
 WITHOUT = "srlora_without_statistics"
-OTHERS = ("floor", "keras_lora", *contestants.PEFT)
+OTHERS = ("full", "floor", "keras_lora", *contestants.PEFT)
 
 
 def measure():
