@@ -16,12 +16,14 @@ from keras_srlora._checks import check_finite_kernel
 from keras_srlora._checks import check_rank
 from keras_srlora._recipes import get_recipe
 from keras_srlora._recomposition import effective_kernel
+from keras_srlora._recomposition import in_full
 from keras_srlora._recomposition import recompose_pairs
 from keras_srlora._slots import row_mask
 from keras_srlora._state import HISTORY
 from keras_srlora._state import AdapterState
 
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
+HALF_PRECISION = ("bfloat16", "float16")
 ARGUMENTS = (
     "rank",
     "target_rank",
@@ -224,14 +226,18 @@ class SRLoRALayer:
         """The kernel of the plain layer that computes the same function.
 
         Returns:
-            float32 tensor of the kernel's shape: frozen kernel plus scaled
+            tensor of the kernel's shape, in float32 (float64 where the kernel
+            is): frozen kernel, before it was rounded to its dtype, plus scaled
             product of the factors.
         """
         return self.shape_as_kernel(self._effective_matrix())
 
     def _effective_matrix(self):
         a, b = self._factor_values()
-        return effective_kernel(self._kernel_matrix(), a, b, self.scale)
+        return effective_kernel(self._matrix_in_full(), a, b, self.scale)
+
+    def _matrix_in_full(self):
+        return in_full(self._kernel_matrix(), self._adapter.remainder)
 
     def _factor_values(self):
         """The factors as tensors that no gradient flows through."""
@@ -294,10 +300,9 @@ class SRLoRALayer:
         """The kernel before SRLoRA, from the frozen one and the record.
 
         Returns:
-            float32 tensor of shape `(in, out)`; equal to rounding.
+            tensor of shape `(in, out)`, float32 or float64; equal to rounding.
         """
-        kernel = ops.cast(self._kernel_matrix(), "float32")
-        return ops.add(kernel, self._taken_out(self._adapter))
+        return ops.add(self._matrix_in_full(), self._taken_out(self._adapter))
 
     def _taken_out(self, state):
         """What a record says is missing in the frozen kernel."""
@@ -357,14 +362,20 @@ class SRLoRALayer:
         """
         pretrained = self.pretrained_matrix()
         self.lora_alpha = lora_alpha
+        self._adapter = state.with_variables_of(self._adapter)
         self._assign_matrix(ops.subtract(pretrained, self._taken_out(state)))
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
-        self._adapter = state.with_variables_of(self._adapter)
 
     def _assign_matrix(self, matrix):
+        """Stores a kernel that is given in full, and what rounding cuts off."""
         kernel = _keras.stored_kernel(self)
-        kernel.assign(ops.cast(self.shape_as_kernel(matrix), kernel.dtype))
+        rounded = ops.cast(matrix, kernel.dtype)
+        kernel.assign(self.shape_as_kernel(rounded))
+        self._adapter.remainder = None
+        if keras.backend.standardize_dtype(kernel.dtype) in HALF_PRECISION:
+            cut_off = ops.subtract(matrix, in_full(rounded))
+            self._adapter.remainder = np.array(ops.convert_to_numpy(cut_off))
 
     def find_record(self):
         """How much of the record belongs to the kernel that the layer has.
@@ -468,6 +479,7 @@ class SRLoRALayer:
             ops.convert_to_tensor(fresh_a),
             ops.convert_to_tensor(fresh_b),
             self.scale,
+            state.remainder,
         )
         self._assign_matrix(kernel)
         self.lora_kernel_a.assign(a)

@@ -4,20 +4,35 @@ Factors are stored with one pair a row: `a` as `(rank, in)`, `b` as
 `(rank, out)`, so that the effective kernel is `W + s · aᵀ @ b`.
 """
 
+import keras
 from keras import ops
 
 
+def in_full(kernel, remainder=None):
+    """A stored kernel in float32 (or in float64 where it is), not rounded.
+
+    Args:
+        kernel: tensor, or variable.
+        remainder: float32 array of its shape: what rounding to the kernel's
+            dtype cut off. `None`: nothing.
+    """
+    dtype = keras.backend.standardize_dtype(kernel.dtype)
+    full = ops.cast(kernel, "float64" if dtype == "float64" else "float32")
+    return full if remainder is None else ops.add(full, remainder)
+
+
 def effective_kernel(kernel, a, b, scale):
-    """`W + s · aᵀ @ b`, in float32, of shape `(in, out)`.
+    """`W + s · aᵀ @ b`, of shape `(in, out)`, from a kernel `in_full`.
 
     For initialisation, recomposition and merging; the layer's call never
     computes it.
     """
-    kernel = ops.cast(kernel, "float32")
-    return kernel + _product(a, b, scale)
+    return ops.add(kernel, _product(a, b, scale))
 
 
-def recompose_pairs(kernel, a, b, restarted, fresh_a, fresh_b, scale):
+def recompose_pairs(
+    kernel, a, b, restarted, fresh_a, fresh_b, scale, remainder=None
+):
     """Fuses the pairs of some slots into the kernel and restarts these slots.
 
     ```
@@ -36,23 +51,25 @@ def recompose_pairs(kernel, a, b, restarted, fresh_a, fresh_b, scale):
         fresh_a: float32 tensor of shape `(rank, in)`; zero in the other slots.
         fresh_b: float32 tensor of shape `(rank, out)`; likewise.
         scale: float. `lora_alpha / rank`.
+        remainder: float32 tensor of shape `(in, out)`, or `None`; see
+            `in_full`.
 
     Returns:
-        `(kernel, a, b, drift)` in the dtypes that were given, with `drift` the
-        largest change of an entry of the effective kernel as a part of its
-        largest entry (a float32 scalar).
+        `(kernel, a, b, drift)`: the kernel in full, not rounded to its dtype;
+        the factors in theirs; and the largest change of an entry of the
+        effective kernel, all rounded, as a part of its largest entry (a
+        scalar).
     """
-    before = effective_kernel(kernel, a, b, scale)
+    before = effective_kernel(in_full(kernel), a, b, scale)
     new_a = ops.where(restarted, ops.cast(fresh_a, a.dtype), a)
     new_b = ops.where(restarted, ops.cast(fresh_b, b.dtype), b)
     zero = ops.zeros_like(a)
     fused = _product(ops.where(restarted, a, zero), b, scale)
     # `new_a`, not `fresh_a`: rounding to the factors' dtype is subtracted too.
     fresh = _product(ops.where(restarted, new_a, zero), new_b, scale)
-    new_kernel = ops.cast(
-        ops.cast(kernel, "float32") + (fused - fresh), kernel.dtype
-    )
-    after = effective_kernel(new_kernel, new_a, new_b, scale)
+    new_kernel = ops.add(in_full(kernel, remainder), fused - fresh)
+    rounded = in_full(ops.cast(new_kernel, kernel.dtype))
+    after = effective_kernel(rounded, new_a, new_b, scale)
     largest = ops.max(ops.abs(before))
     change = ops.max(ops.abs(after - before))
     drift = change / ops.where(largest > 0, largest, 1.0)

@@ -91,6 +91,10 @@ class AdapterState:
         fused_a: float32, `(m, in)`. The pairs that were fused, in order.
         fused_b: float32, `(m, out)`.
         history: float64, `(m, 5)`, with columns `HISTORY`.
+        remainder: float32, `(in, out)`. What rounding cut off the frozen kernel
+            of a layer in half precision; the next recomposition starts from
+            both, so that small pairs add up that are each below the kernel's
+            rounding. `None`: nothing.
         schedule: `Schedule` of the run.
         statistics: `Statistics`, during a run the `RunningStatistics` of its
             `Sensitivity`, `None` before the first one.
@@ -108,6 +112,7 @@ class AdapterState:
     fused_a: np.ndarray | None = None
     fused_b: np.ndarray | None = None
     history: np.ndarray | None = None
+    remainder: np.ndarray | None = None
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     statistics: object = None
     gate: FlatLoss | None = None
@@ -196,6 +201,7 @@ class AdapterState:
             history=self.history[:count],
             # Of pairs that came later.
             statistics=None,
+            remainder=None,
         )
 
     def to_arrays(self):
@@ -208,6 +214,8 @@ class AdapterState:
             for field in dataclasses.fields(self)
             if field.name not in apart
         }
+        if self.remainder is None:
+            del arrays["remainder"]
         arrays.update(self.directions._asdict())
         arrays["schedule"] = np.array(dataclasses.astuple(self.schedule), "f8")
         statistics = self.statistics_to_numpy()

@@ -192,6 +192,7 @@ def adapter_disabled(model):
     ]
     # On the host: no second copy of the kernels on an accelerator.
     kept = [np.array(ops.convert_to_numpy(v)) for v in variables]
+    remainders = [layer.adapter_state.remainder for layer in layers]
     try:
         for layer in layers:
             layer.disable_adapter()
@@ -199,6 +200,8 @@ def adapter_disabled(model):
     finally:
         for variable, value in zip(variables, kept):
             variable.assign(value)
+        for layer, remainder in zip(layers, remainders):
+            layer.adapter_state.remainder = remainder
 
 
 # What a layer's part of a file is.

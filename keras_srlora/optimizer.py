@@ -1,5 +1,7 @@
 """`SensitivityOptimizer`: sees the gradients inside the train step."""
 
+import warnings
+
 import keras
 from keras import ops
 
@@ -66,6 +68,7 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
 
     def _adopt(self):
         check_trains(self.unwrap(), self.sensitivity.layers)
+        warn_of_rounded_decay(self.unwrap(), self.sensitivity.layers)
         super().build(_keras.optimizer_trainable_variables(self.unwrap()))
 
     @property
@@ -192,6 +195,29 @@ def check_optimizer(optimizer, model=None):
             "replicas of a `tf.distribute` strategy; the scores would be of "
             f"one replica alone. Received: a strategy with {replicas} replicas."
         )
+
+
+def warn_of_rounded_decay(optimizer, layers):
+    """Says where no step of an optimizer of Adam's kind can move a factor.
+
+    Keras computes `1 - beta_2^t` in the dtype of the variable. In bfloat16 the
+    default of 0.999 is 1, and every step is zero.
+    """
+    beta = getattr(optimizer, "beta_2", None)
+    if not isinstance(beta, float) or beta >= 1:
+        return
+    dtypes = {v.dtype: v for layer in layers for v in layer.factors}
+    for dtype, factor in dtypes.items():
+        rounded = ops.cast(ops.convert_to_tensor(beta, dtype), "float32")
+        if float(ops.convert_to_numpy(rounded)) == 1.0:
+            warnings.warn(
+                f"Optimizer {optimizer.name!r} will not move {factor.path!r}, "
+                f"nor any other {dtype} weight: its beta_2={beta} is 1 in that "
+                "dtype, so that its steps are zero. Use the dtype policy "
+                "'mixed_bfloat16', which keeps weights in float32, or a "
+                "smaller rate such as beta_2=0.99.",
+                stacklevel=2,
+            )
 
 
 def check_trains(optimizer, layers):

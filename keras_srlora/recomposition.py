@@ -61,6 +61,9 @@ def recompose(sensitivity, optimizer=None, step=0):
     Returns:
         List of `Recomposition`, one for each layer that was recomposed.
 
+    Raises:
+        ValueError: before anything is changed, if a layer was not decomposed.
+
     Example:
 
     ```python
@@ -71,6 +74,13 @@ def recompose(sensitivity, optimizer=None, step=0):
         keras_srlora.recompose(optimizer.sensitivity, optimizer, step)
     ```
     """
+    for layer in sensitivity.layers:
+        if not layer.initialized:
+            raise ValueError(
+                f"The kernel of layer {layer.path!r} was not decomposed yet: "
+                "there are no directions to restart along. Call "
+                "`keras_srlora.initialize_factors(model)` before training."
+            )
     slots = {}
     if optimizer is not None:
         optimizer = getattr(optimizer, "unwrap", lambda: optimizer)()

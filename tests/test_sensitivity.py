@@ -280,6 +280,18 @@ def test_overflow_under_loss_scaling_leaves_no_mark(rng):
         keras.config.set_dtype_policy(policy)
 
 
+def test_recomposing_what_was_not_decomposed_is_refused(rng):
+    kernel = matrix("gaussian", 10, 6, rng)
+    layers = [dense_layer(kernel, rank=2, initialize=i) for i in (True, False)]
+    sensitivity = keras_srlora.Sensitivity(layers)
+    before = [to_numpy(v) for layer in layers for v in layer.weights]
+    with pytest.raises(ValueError, match="initialize_factors"):
+        keras_srlora.recompose(sensitivity)
+    after = [to_numpy(v) for layer in layers for v in layer.weights]
+    for old, new in zip(before, after):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_statistics_of_a_recomposed_layer_restart_from_zero(rng):
     layer = dense_layer(matrix("gaussian", 10, 6, rng), rank=2)
     other = dense_layer(matrix("gaussian", 10, 6, rng), rank=2)

@@ -104,6 +104,7 @@ def recomposition(width, times=6):
         width, rank=RANK, target_rank=TARGET_RANK, recipe="paper"
     )
     model = keras.Sequential([keras.Input((width,)), layer])
+    keras_srlora.initialize_factors(model)
     optimizer = keras_srlora.SensitivityOptimizer(
         keras.optimizers.AdamW(contestants.RATE), model
     )
