@@ -57,7 +57,8 @@ def enable_srlora(
             (`Dense`, `EinsumDense`) inside of composite layers, which in a
             transformer are those of attention and feed-forward; in a model that
             has none there, all `Dense` and `EinsumDense` layers but those that
-            make its outputs.
+            make its outputs. Kernels to a single number, such as the gate of a
+            shared expert, have no rank to lower, and are left out.
         recipe: `"adaptive"` (LoRA, recomposed where the loss is flat),
             `"lora_restarts"` (recomposed from early on), `"paper"` (SRLoRA as
             published) or a `Recipe`: how pairs start, which are fused, along
@@ -237,7 +238,9 @@ def _find_targets(model, names, excluded=()):
 
 
 def _default_targets(model, everything):
-    projections = [x for x in everything if type(x) in ADAPTED]
+    projections = [
+        x for x in everything if type(x) in ADAPTED and not _is_vector(x)
+    ]
     first_level = {
         id(layer)
         for container in everything
@@ -255,6 +258,11 @@ def _default_targets(model, everything):
             "in `target_layer_names`."
         )
     return [x for x in projections if id(x) not in head]
+
+
+def _is_vector(layer):
+    dense = type(layer) is keras.layers.Dense and layer.built
+    return dense and 1 in _keras.stored_kernel(layer).shape
 
 
 def _named_targets(model, everything, names):
