@@ -651,6 +651,9 @@ CONVOLUTIONAL = {
     "XceptionBackbone",
 }
 
+# Minutes: run where the table is written.
+SLOW = {"DFineBackbone"}
+
 # KerasHub itself asks for it, on PyTorch.
 NEEDS_TORCHVISION = {"SAM3PromptableConceptBackbone"}
 
@@ -689,8 +692,11 @@ def inputs(name, backbone, rng):
             # The end, where MetaCLIP 2 looks for its output.
             ids[:, -1] = 2
             return ids
-        if "segment" in key or "labels" in key:
-            return rng.integers(0, 2, shape).astype(x.dtype)
+        if "segment" in key:
+            return rng.integers(0, 2, shape).astype("int32")
+        if "labels" in key:
+            # Of points and boxes in the foreground; 0 hides a box of SAM 3.
+            return np.ones(shape, x.dtype)
         if "int" in x.dtype:
             return rng.integers(0, 19, shape).astype("int32")
         if key == "boxes":
