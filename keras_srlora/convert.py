@@ -58,7 +58,7 @@ def enable_srlora(
             transformer are those of attention and feed-forward; in a model that
             has none there, all `Dense` and `EinsumDense` layers but those that
             make its outputs. Kernels to a single number, such as the gate of a
-            shared expert, have no rank to lower, and are left out.
+            shared expert, and layers that the model never calls are left out.
         recipe: `"adaptive"` (LoRA, recomposed where the loss is flat),
             `"lora_restarts"` (recomposed from early on), `"paper"` (SRLoRA as
             published) or a `Recipe`: how pairs start, which are fused, along
@@ -234,12 +234,13 @@ def _find_targets(model, names, excluded=()):
             f"layers to convert in model {model.name!r}. "
             f"Received: exclude_layer_names={excluded!r}"
         )
+    _refuse_read_kernels(everything, kept)
     return sorted(kept, key=lambda layer: layer.path or layer.name)
 
 
 def _default_targets(model, everything):
     projections = [
-        x for x in everything if type(x) in ADAPTED and not _is_vector(x)
+        x for x in everything if type(x) in ADAPTED and _is_matrix(x)
     ]
     first_level = {
         id(layer)
@@ -260,9 +261,33 @@ def _default_targets(model, everything):
     return [x for x in projections if id(x) not in head]
 
 
-def _is_vector(layer):
-    dense = type(layer) is keras.layers.Dense and layer.built
-    return dense and 1 in _keras.stored_kernel(layer).shape
+def _is_matrix(layer):
+    """Whether a plain layer has a kernel whose rank can be lowered.
+
+    One that the model never calls has none at all.
+    """
+    if not layer.built:
+        return False
+    shape = _keras.stored_kernel(layer).shape
+    return not (type(layer) is keras.layers.Dense and 1 in shape)
+
+
+def _refuse_read_kernels(everything, targets):
+    """KerasHub's Gemma 4 multiplies by some kernels itself, not by a call."""
+    names = ("gating_ffw", "gating_ffw_2", "ffw_linear", "dense")
+    read = {
+        id(getattr(container, name, None))
+        for container in everything
+        if ".gemma4." in type(container).__module__
+        for name in names
+    }
+    found = sorted({x.name for x in targets if id(x) in read})
+    if found:
+        raise ValueError(
+            "KerasHub's Gemma 4 multiplies by the kernels of some layers "
+            "itself, where the factors would be left out. Pass "
+            f"`exclude_layer_names={found}`."
+        )
 
 
 def _named_targets(model, everything, names):

@@ -653,6 +653,16 @@ CONVOLUTIONAL = {
 
 # Minutes: run where the table is written.
 SLOW = {"DFineBackbone"}
+SLOW_ON_JAX = {
+    "BLIP2Backbone",
+    "FluxBackbone",
+    "MiTBackbone",
+    "Qwen3_5Backbone",
+    "Qwen3_5MoeBackbone",
+    "SAM3PromptableConceptBackbone",
+    "StableDiffusion3Backbone",
+    "VideoPrismBackbone",
+}
 
 # KerasHub itself asks for it, on PyTorch.
 NEEDS_TORCHVISION = {"SAM3PromptableConceptBackbone"}

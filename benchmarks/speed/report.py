@@ -98,7 +98,9 @@ def main():
     _, after = rest.split(END)
     inner = "\n\n".join(["", *parts, ""])
     README.write_text(f"{before}{BEGIN}{inner}{END}{after}", encoding="utf-8")
-    plot({b: found["growth", b] for f, b in found if f == "growth"})
+    growth = {b: found["growth", b] for f, b in found if f == "growth"}
+    if growth:
+        plot(growth)
 
 
 def machine(results):
