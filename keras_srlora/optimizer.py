@@ -10,6 +10,11 @@ from keras_srlora._layers import srlora_layers
 from keras_srlora.sensitivity import Sensitivity
 
 
+# Numbers nearer to 1 are rounded to 1. By hand, since an optimizer that is built
+# inside of a compiled step can compute nothing.
+HALF_SPACING_BELOW_ONE = {"bfloat16": 2**-9, "float16": 2**-12}
+
+
 @keras.saving.register_keras_serializable("keras_srlora")
 class SensitivityOptimizer(keras.optimizers.Optimizer):
     """Wraps an optimizer and scores the SRLoRA pairs from its gradients.
@@ -208,8 +213,7 @@ def warn_of_rounded_decay(optimizer, layers):
         return
     dtypes = {v.dtype: v for layer in layers for v in layer.factors}
     for dtype, factor in dtypes.items():
-        rounded = ops.cast(ops.convert_to_tensor(beta, dtype), "float32")
-        if float(ops.convert_to_numpy(rounded)) == 1.0:
+        if 1.0 - beta <= HALF_SPACING_BELOW_ONE.get(dtype, 0.0):
             warnings.warn(
                 f"Optimizer {optimizer.name!r} will not move {factor.path!r}, "
                 f"nor any other {dtype} weight: its beta_2={beta} is 1 in that "
