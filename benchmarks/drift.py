@@ -2,15 +2,20 @@
 
     python benchmarks/drift.py
 
-Kernels of MiniLM, stored in float32, bfloat16 and float16. Between two
-recompositions the pairs move, as training moves them; a float64 account of the
-same moves says what the effective kernel should be. The drift is the largest
-error of an entry, as a part of the kernel's largest entry. Rounding errors of
-float32 are independent and grow with the square root of the number n of
-recompositions; what rounding to half precision cuts off is remembered, so that
-drift does not grow. The last column is the largest `drift / (u · √n)`, or
-`drift / u`, of all n, with the unit roundoff u of the dtype; the documentation
-promises at most 4.
+Kernels of MiniLM, stored in float32, bfloat16, float16, int8 and int4. Between
+two recompositions the pairs move, as training moves them; a float64 account of
+the same moves says what the effective kernel should be. The drift is the
+largest error of an entry, as a part of the kernel's largest entry.
+
+Rounding errors of float32 are independent and grow with the square root of the
+number n of recompositions. What rounding to half precision cuts off is
+remembered, so that drift does not grow. Beside a quantized kernel float32
+factors hold what is fused. The last column is the largest `drift / (u · √n)`,
+or `drift / u`, of all n, with the unit roundoff u of the dtype; the
+documentation promises at most 4.
+
+A second table has what would be lost if a quantized kernel took up what is
+fused, and were quantized again each time.
 """
 
 import pathlib
@@ -21,20 +26,32 @@ import numpy as np
 from keras import ops
 
 import keras_srlora
-from keras_srlora._recipes import RECIPES
+from keras_srlora._quantized import float_kernel
+from keras_srlora._quantized import is_quantized
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "quality"))
 
 RECOMPOSITIONS = 50
 RANK = 4
 # The unit roundoff of each dtype of a kernel.
-DTYPES = {"float32": 2.0**-25, "bfloat16": 2.0**-9, "float16": 2.0**-12}
+DTYPES = {
+    "float32": 2.0**-25,
+    "bfloat16": 2.0**-9,
+    "float16": 2.0**-12,
+    # What rounds is the float32 factors beside it.
+    "int8": 2.0**-25,
+    "int4": 2.0**-25,
+}
+# Where errors of each recomposition add up.
+ADDS_UP = ("float32", "int8", "int4")
+# Of integers, as Keras quantizes.
+RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 # A step of training moves a pair by a few hundredths of its length.
 MOVE = 0.3
 
 
 def main():
-    """Prints a Markdown table."""
+    """Prints two Markdown tables."""
     print(
         "| recipe | kernel | drift after 1 | after 10 | after 50 | constant |"
     )
@@ -48,6 +65,16 @@ def main():
             print(
                 f"| `{recipe}` | {dtype} | {worst[0]:.1e} | {worst[9]:.1e} | "
                 f"{worst[-1]:.1e} | {largest:.2f} |"
+            )
+    print("\n| recipe | quantized again | after 1 | after 10 | after 50 |")
+    print("|---" * 5 + "|")
+    for recipe in ("paper", "lora_restarts"):
+        for mode in RANGES:
+            curves = [quantized_again(k, recipe, mode) for k in kernels]
+            worst = np.max(curves, axis=0)
+            print(
+                f"| `{recipe}` | {mode} | {worst[0]:.1e} | {worst[9]:.1e} | "
+                f"{worst[-1]:.1e} |"
             )
 
 
@@ -70,37 +97,75 @@ def minilm_kernels():
 
 def drifts(kernel, recipe, dtype, recompositions=RECOMPOSITIONS):
     """Drift after each recomposition, of one kernel; float64 array."""
-    rng = np.random.default_rng(0)
-    layer = keras_srlora.SRLoRADense(
-        kernel.shape[1],
-        rank=RANK,
-        target_rank=min(kernel.shape),
-        recipe=recipe,
-        dtype=dtype,
-    )
-    layer.build((None, kernel.shape[0]))
-    layer.kernel.assign(kernel)
-    layer.initialize_factors()
+    layer = adapted_layer(kernel, recipe, dtype)
     account, found = effective(layer), []
     for step in range(recompositions):
         before = product(layer)
-        for factor in layer.factors:
-            size = MOVE / np.sqrt(factor.shape[1])
-            moved = ops.convert_to_numpy(ops.cast(factor, "float32"))
-            factor.assign(moved + size * rng.standard_normal(factor.shape))
+        move(layer, step)
         account = account + product(layer) - before
-        chosen = RECIPES[recipe]
-        slots = (np.arange(RANK // 2) + step * RANK // 2) % RANK
-        layer.fuse_and_restart(
-            slots,
-            layer.adapter_state.unused[: len(slots)],
-            np.ones(len(slots)),
-            chosen["scale"],
-            step,
-        )
+        recompose(layer, step)
         error = np.max(np.abs(effective(layer) - account))
         found.append(error / np.max(np.abs(kernel)))
     return np.array(found)
+
+
+def quantized_again(kernel, recipe, mode, recompositions=RECOMPOSITIONS):
+    """Drift of a kernel that takes up what is fused, as `drifts` has it."""
+    layer = adapted_layer(kernel, recipe, mode)
+    exact = effective(layer) - product(layer)
+    kept, found = exact, []
+    for step in range(recompositions):
+        move(layer, step)
+        recompose(layer, step)
+        before, exact = exact, effective(layer) - product(layer)
+        integers, scale = keras.quantizers.abs_max_quantize(
+            np.float32(kept + exact - before), 0, RANGES[mode], to_numpy=True
+        )
+        kept = np.float64(integers) / np.float64(scale)
+        error = np.max(np.abs(kept - exact))
+        found.append(error / np.max(np.abs(kernel)))
+    return np.array(found)
+
+
+def adapted_layer(kernel, recipe, dtype):
+    """A decomposed layer that holds a kernel in a dtype."""
+    quantized = dtype in RANGES
+    layer = keras.layers.Dense(
+        kernel.shape[1], dtype="float32" if quantized else dtype
+    )
+    model = keras.Sequential([keras.Input((kernel.shape[0],)), layer])
+    layer.kernel.assign(kernel)
+    if quantized:
+        layer.quantize(dtype)
+    (layer,) = keras_srlora.enable_srlora(
+        model,
+        rank=RANK,
+        target_rank=min(kernel.shape),
+        recipe=recipe,
+        target_layer_names=[layer.name],
+    )
+    return layer
+
+
+def move(layer, step):
+    """Moves all pairs, as training does."""
+    rng = np.random.default_rng(step)
+    for factor in layer.factors:
+        size = MOVE / np.sqrt(factor.shape[1])
+        moved = ops.convert_to_numpy(ops.cast(factor, "float32"))
+        factor.assign(moved + size * rng.standard_normal(factor.shape))
+
+
+def recompose(layer, step):
+    """Fuses half of the pairs."""
+    slots = (np.arange(RANK // 2) + step * RANK // 2) % RANK
+    layer.fuse_and_restart(
+        slots,
+        layer.adapter_state.unused[: len(slots)],
+        np.ones(len(slots)),
+        layer.recipe["scale"],
+        step,
+    )
 
 
 def product(layer):
@@ -111,15 +176,18 @@ def product(layer):
 
 def effective(layer):
     """The stored kernel plus the product, in float64."""
-    stored = ops.convert_to_numpy(ops.cast(layer.kernel, "float32"))
-    return np.float64(stored) + product(layer)
+    kernel = ops.convert_to_numpy(ops.cast(float_kernel(layer), "float32"))
+    kernel = np.float64(kernel)
+    if is_quantized(layer):
+        a, b = layer.fused_kernel_a, layer.fused_kernel_b
+        a, b = (np.float64(ops.convert_to_numpy(x)) for x in (a, b))
+        kernel = kernel + a.T @ b
+    return kernel + product(layer)
 
 
 def constant(curve, dtype):
     """The largest drift in units of what is expected of the dtype."""
-    growth = np.arange(1, len(curve) + 1) ** (
-        0.5 if dtype == "float32" else 0.0
-    )
+    growth = np.arange(1, len(curve) + 1) ** (0.5 if dtype in ADDS_UP else 0.0)
     return np.max(curve / DTYPES[dtype] / growth)
 
 

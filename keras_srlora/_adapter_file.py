@@ -40,7 +40,9 @@ def write_tensors(path, tensors, metadata=None):
     """Writes a safetensors file of NumPy arrays, whole or not at all."""
     safetensors = _import_safetensors()
     tensors = {
-        name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)
+        # `np.ascontiguousarray` would make a vector of a scalar.
+        name: np.asarray(tensors[name], order="C")
+        for name in sorted(tensors)
     }
     data = safetensors.numpy.save(tensors, metadata)
     with written_whole(path) as unfinished:
@@ -98,7 +100,7 @@ def _digest(tensors, text):
     for name in sorted(tensors):
         array = tensors[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -1,9 +1,11 @@
 """Clear errors for bad input, raised before anything is changed."""
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_srlora._decomposition import METHODS
+from keras_srlora._quantized import MODES
 
 
 def check_arguments(rank, target_rank, lora_alpha, decomposition):
@@ -60,6 +62,26 @@ def check_finite_kernel(kernel, path):
             f"The kernel of layer {path!r} has entries that are NaN or "
             "infinite: it cannot be decomposed. Check the weights that were "
             "loaded."
+        )
+
+
+def check_quantization(layer):
+    """Raises `ValueError` where a quantized kernel cannot be adapted."""
+    mode = layer.quantization_mode
+    if mode is None:
+        return
+    if mode not in MODES:
+        raise ValueError(
+            f"Layer {layer.path!r} is quantized in a way that cannot be "
+            f"adapted: only {sorted(MODES)} can. "
+            f"Received: quantization_mode={mode!r}"
+        )
+    # Older versions of Keras store int4 in other ways.
+    if not hasattr(layer, "variable_serialization_spec"):
+        raise ValueError(
+            f"Layer {layer.path!r} is quantized; adapting it needs a newer "
+            f"Keras. Received: Keras {keras.__version__}, "
+            f"quantization_mode={mode!r}"
         )
 
 

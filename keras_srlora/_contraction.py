@@ -52,6 +52,30 @@ def as_matrix(kernel, plan):
     return ops.reshape(kernel, (plan.in_features, plan.out_features))
 
 
+def as_rows(x, plan):
+    """An input as a matrix, and how the rows of a product are the output.
+
+    Returns:
+        `(rows, arrange)`: a tensor of shape `(-1, in)`, and a function from one
+        of shape `(-1, out)` to the layer's output.
+    """
+    if not is_identity(plan.input_axes):
+        x = ops.transpose(x, plan.input_axes)
+    shape = ops.shape(x)
+    batch_shape = shape[: len(shape) - len(plan.in_shape)]
+    if len(shape) != 2:
+        x = ops.reshape(x, (-1, plan.in_features))
+
+    def arrange(y):
+        if len(batch_shape) != 1 or len(plan.out_shape) != 1:
+            y = ops.reshape(y, (*batch_shape, *plan.out_shape))
+        if not is_identity(plan.output_axes):
+            y = ops.transpose(y, plan.output_axes)
+        return y
+
+    return x, arrange
+
+
 def is_identity(axes):
     return tuple(axes) == tuple(range(len(axes)))
 

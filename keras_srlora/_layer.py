@@ -13,16 +13,24 @@ from keras_srlora import _decomposition
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
+from keras_srlora._checks import check_quantization
 from keras_srlora._checks import check_rank
+from keras_srlora._quantized import INTEGER_MODES
+from keras_srlora._quantized import float_kernel
+from keras_srlora._quantized import is_quantized
+from keras_srlora._quantized import rows_beside_kernel
 from keras_srlora._recipes import get_recipe
 from keras_srlora._recomposition import effective_kernel
 from keras_srlora._recomposition import in_full
 from keras_srlora._recomposition import recompose_pairs
+from keras_srlora._recomposition import relative_change
 from keras_srlora._slots import row_mask
 from keras_srlora._state import HISTORY
 from keras_srlora._state import AdapterState
 
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
+# Beside a quantized kernel: what was fused, and what was subtracted.
+FUSED = ("fused_kernel_a", "fused_kernel_b")
 HALF_PRECISION = ("bfloat16", "float16")
 ARGUMENTS = (
     "rank",
@@ -93,6 +101,7 @@ class SRLoRALayer:
     def build(self, input_shape):
         super().build(input_shape)
         try:
+            check_quantization(self)
             check_rank(self._plan(), self.rank, self.path)
         except ValueError:
             self.built = False
@@ -119,6 +128,17 @@ class SRLoRALayer:
                 initializer="zeros",
                 regularizer=self.kernel_regularizer,
             )
+            if is_quantized(self):
+                rows = rows_beside_kernel(self.direction_count, self.recipe)
+                sizes = plan.in_features, plan.out_features
+                for name, size in zip(FUSED, sizes):
+                    variable = self.add_weight(
+                        name=name,
+                        shape=(rows, size),
+                        initializer="zeros",
+                        trainable=False,
+                    )
+                    setattr(self, name, variable)
 
     def _a_initializer(self):
         # Keras's own LoRA starts with `he_uniform`, whose fan is that of
@@ -128,11 +148,11 @@ class SRLoRALayer:
 
     def _remove_factors(self):
         """The inverse of `_set_arguments` and `_add_factors`, for merging."""
-        for name in FACTORS:
-            _keras.remove_variable(self, getattr(self, name))
-        for name in FACTORS:
-            # `delattr` of a variable collects garbage, a quarter of a second.
-            del vars(self)[name]
+        for name in (*FACTORS, *FUSED):
+            if name in vars(self):
+                _keras.remove_variable(self, getattr(self, name))
+                # `delattr` of a variable collects garbage, 0.25 seconds.
+                del vars(self)[name]
         for name in (*ARGUMENTS, "_adapter"):
             delattr(self, name)
         self.lora_alpha = None  # Keras's own attribute
@@ -157,37 +177,46 @@ class SRLoRALayer:
             y = self.activation(y)
         return y
 
+    def quantized_call(self, inputs, training=None):
+        """What Keras calls where the layer is quantized."""
+        rows, arrange = self._as_rows(inputs)
+        low_rank = arrange(self._low_rank(rows))
+
+        def activation(y):
+            y = ops.add(y, low_rank)
+            return y if self.activation is None else self.activation(y)
+
+        return _keras.call_quantized(self, inputs, training, activation)
+
     def _project(self, inputs):
         """`x @ W + s · (x @ aᵀ) @ b`, in two dimensions throughout."""
+        rows, arrange = self._as_rows(inputs)
+        low_rank = self._low_rank(rows)
         plan = self._plan(len(inputs.shape))
-        x = inputs
-        if not _contraction.is_identity(plan.input_axes):
-            x = ops.transpose(x, plan.input_axes)
-        shape = ops.shape(x)
-        batch_shape = shape[: len(shape) - len(plan.in_shape)]
-        if len(shape) != 2:
-            x = ops.reshape(x, (-1, plan.in_features))
-        hidden = ops.matmul(x, ops.transpose(self.lora_kernel_a))
-        if self.scale != 1.0:
-            hidden = ops.multiply(hidden, self.scale)
-        low_rank = ops.matmul(hidden, self.lora_kernel_b)
-
-        def arrange(y):
-            if len(batch_shape) != 1 or len(plan.out_shape) != 1:
-                y = ops.reshape(y, (*batch_shape, *plan.out_shape))
-            if not _contraction.is_identity(plan.output_axes):
-                y = ops.transpose(y, plan.output_axes)
-            return y
-
         kernel = _keras.stored_kernel(self)
         if plan.kernel_is_a_matrix:
             size = (plan.in_features, plan.out_features)
             if tuple(kernel.shape) != size:
                 kernel = ops.reshape(kernel, size)
-            return arrange(ops.add(ops.matmul(x, kernel), low_rank))
+            return arrange(ops.add(ops.matmul(rows, kernel), low_rank))
         # Permuting the kernel in each step would copy it.
         y = ops.einsum(plan.equation, inputs, kernel)
         return ops.add(y, arrange(low_rank))
+
+    def _as_rows(self, inputs):
+        return _contraction.as_rows(inputs, self._plan(len(inputs.shape)))
+
+    def _low_rank(self, rows):
+        """What is added to the product with the stored kernel."""
+        hidden = ops.matmul(rows, ops.transpose(self.lora_kernel_a))
+        if self.scale != 1.0:
+            hidden = ops.multiply(hidden, self.scale)
+        low_rank = ops.matmul(hidden, self.lora_kernel_b)
+        if is_quantized(self):
+            hidden = ops.matmul(rows, ops.transpose(self.fused_kernel_a))
+            fused = ops.matmul(hidden, self.fused_kernel_b)
+            low_rank = ops.add(low_rank, fused)
+        return low_rank
 
     @property
     def scale(self):
@@ -211,13 +240,27 @@ class SRLoRALayer:
         """`AdapterState`: what the layer remembers on the host."""
         return self._adapter
 
+    def merge_factors(self):
+        """Makes the kernel the effective one; one of integers becomes float."""
+        kernel = self.effective_kernel()
+        if self.quantization_mode in INTEGER_MODES:
+            _keras.replace_quantized_kernel(self, kernel)
+        else:
+            stored = _keras.stored_kernel(self)
+            stored.assign(ops.cast(kernel, stored.dtype))
+
     # The kernel as a matrix.
 
     def _plan(self, input_ndim=None):
         raise NotImplementedError
 
     def _kernel_matrix(self):
-        return _contraction.as_matrix(_keras.stored_kernel(self), self._plan())
+        """The frozen kernel, with what is fused beside it."""
+        matrix = _contraction.as_matrix(float_kernel(self), self._plan())
+        if is_quantized(self):
+            a, b = (ops.convert_to_tensor(getattr(self, x)) for x in FUSED)
+            matrix = effective_kernel(matrix, a, b, 1.0)
+        return matrix
 
     def shape_as_kernel(self, matrix):
         """From `(in, out)` to the shape of the stored kernel."""
@@ -272,8 +315,7 @@ class SRLoRALayer:
                 "decompose. Build the model first: call it on a batch, or "
                 "`model.build(input_shape)`, or start it with `keras.Input`."
             )
-        kernel = ops.convert_to_tensor(_keras.stored_kernel(self))
-        check_finite_kernel(kernel, self.path)
+        check_finite_kernel(float_kernel(self), self.path)
 
     def initialize_factors(self):
         """Decomposes the kernel that the layer has now, and starts the pairs.
@@ -284,10 +326,20 @@ class SRLoRALayer:
         layer's function does not change.
 
         Raises:
-            ValueError: if the layer is not built or its kernel has an entry
-                that is not finite. Nothing is changed then.
+            ValueError: if the layer is not built, its kernel has an entry that
+                is not finite, or pairs were fused beside a quantized kernel.
+                Nothing is changed then.
         """
         self.check_initializable()
+        if is_quantized(self) and len(self._fused_rows(self._adapter)[0]):
+            raise ValueError(
+                f"The kernel of layer {self.path!r} is quantized and cannot "
+                "take up the pairs that were fused beside it, so that it "
+                "cannot be decomposed with them. Call "
+                "`keras_srlora.merge_srlora(model)`, which makes it a float "
+                "one, `model.quantize` and `enable_srlora` again. Received: "
+                f"quantization_mode={self.quantization_mode!r}"
+            )
         kernel = self._effective_matrix()
         directions = _decomposition.decompose(
             kernel, self.direction_count, self.decomposition
@@ -305,38 +357,42 @@ class SRLoRALayer:
         Returns:
             tensor of shape `(in, out)`, float32 or float64; equal to rounding.
         """
-        return ops.add(self._matrix_in_full(), self._taken_out(self._adapter))
-
-    def _taken_out(self, state):
-        """What a record says is missing in the frozen kernel."""
-        if not state.initialized:
-            return 0.0
-        found = state.directions
-        subtracted = state.anchors[:, None] * found.left
         return ops.subtract(
-            ops.matmul(subtracted.T, found.right),
-            ops.matmul(self.scale * state.fused_a.T, state.fused_b),
+            self._matrix_in_full(), self._fused_product(self._adapter)
         )
+
+    def _fused_rows(self, state):
+        """What a record says is in the frozen kernel, as two factors."""
+        if not state.initialized:
+            plan = self._plan()
+            return (
+                np.zeros((0, plan.in_features), "float32"),
+                np.zeros((0, plan.out_features), "float32"),
+            )
+        found, anchored = state.directions, state.anchors != 0
+        subtracted = state.anchors[anchored, None] * found.left[anchored]
+        return (
+            np.concatenate([self.scale * state.fused_a, -subtracted]),
+            np.concatenate([state.fused_b, found.right[anchored]]),
+        )
+
+    def _fused_product(self, state):
+        a, b = self._fused_rows(state)
+        return ops.matmul(ops.transpose(a), b)
 
     def update_factors(self):
         """The whole update since the pretrained kernel, as two factors.
 
         Returns:
             float32 arrays `a` of shape `(k, in)` and `b` of shape `(k, out)`:
-            the update is `aᵀ @ b`. The fused pairs, those being trained, and
-            the directions that were subtracted; at most `2 · target_rank`.
+            the update is `aᵀ @ b`. The fused pairs, the directions that were
+            subtracted, and the pairs being trained; at most `2 · target_rank`.
         """
         a, b = self.factors_to_numpy()
-        if not self.initialized:
-            return self.scale * a, b
-        state, found = self._adapter, self._adapter.directions
-        anchored = state.anchors != 0
-        subtracted = state.anchors[anchored, None] * found.left[anchored]
+        fused_a, fused_b = self._fused_rows(self._adapter)
         return (
-            np.concatenate(
-                [self.scale * state.fused_a, self.scale * a, -subtracted]
-            ),
-            np.concatenate([state.fused_b, b, found.right[anchored]]),
+            np.concatenate([fused_a, self.scale * a]),
+            np.concatenate([fused_b, b]),
         )
 
     @property
@@ -350,9 +406,18 @@ class SRLoRALayer:
 
         Both: a factor that is not finite would make zero times NaN.
         """
-        self._assign_matrix(self.pretrained_matrix())
+        self._assign_matrix(self.pretrained_matrix(), AdapterState())
         for factor in self.factors:
             factor.assign(ops.zeros(factor.shape, dtype=factor.dtype))
+
+    @property
+    def adapted_variables(self):
+        """Those that a recomposition changes."""
+        if is_quantized(self):
+            kernel = [getattr(self, name) for name in FUSED]
+        else:
+            kernel = [_keras.stored_kernel(self)]
+        return [*kernel, *self.factors]
 
     def restore_adapter(self, a, b, lora_alpha, state):
         """Takes over the factors and the record of another run.
@@ -366,12 +431,41 @@ class SRLoRALayer:
         pretrained = self.pretrained_matrix()
         self.lora_alpha = lora_alpha
         self._adapter = state.with_variables_of(self._adapter)
-        self._assign_matrix(ops.subtract(pretrained, self._taken_out(state)))
+        kernel = ops.add(pretrained, self._fused_product(state))
+        self._assign_matrix(kernel, state)
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
 
-    def _assign_matrix(self, matrix):
-        """Stores a kernel that is given in full, and what rounding cuts off."""
+    def check_recipe(self, recipe, direction_count):
+        """Raises `ValueError` where a recipe fuses more than there is room for.
+
+        Beside a quantized kernel there is room for that of the recipe that the
+        layer was made with.
+        """
+        if not is_quantized(self):
+            return
+        rows = rows_beside_kernel(direction_count, recipe)
+        if rows > self.fused_kernel_a.shape[0]:
+            raise ValueError(
+                f"Beside the quantized kernel of layer {self.path!r} there is "
+                f"room for {self.fused_kernel_a.shape[0]} fused and subtracted "
+                f"pairs, and this run may need {rows}. Pass its recipe and "
+                "`target_rank` to `enable_srlora`. Received: "
+                f"{direction_count} directions, {recipe}"
+            )
+
+    def _assign_matrix(self, matrix, state):
+        """Stores the frozen kernel of a record.
+
+        It is given in full; what rounding cuts off is stored as well. Beside a
+        quantized kernel it is stored what the record fused.
+        """
+        if is_quantized(self):
+            for name, rows in zip(FUSED, self._fused_rows(state)):
+                variable = getattr(self, name)
+                padding = variable.shape[0] - len(rows)
+                variable.assign(np.pad(rows, ((0, padding), (0, 0))))
+            return
         kernel = _keras.stored_kernel(self)
         rounded = ops.cast(matrix, kernel.dtype)
         kernel.assign(self.shape_as_kernel(rounded))
@@ -441,11 +535,8 @@ class SRLoRALayer:
             part of its largest entry.
         """
         state = self._adapter
-        fused_a, fused_b = self.factors_to_numpy()
-        drift = self._restart(slots, directions, scale)
+        drift = self._restart(slots, directions, scale, fuse=True)
         state.slot_started[slots] = step
-        state.fused_a = np.concatenate([state.fused_a, fused_a[slots]])
-        state.fused_b = np.concatenate([state.fused_b, fused_b[slots]])
         rows = {
             "step": np.full(len(slots), step),
             "slot": slots,
@@ -464,7 +555,7 @@ class SRLoRALayer:
             for value in self._factor_values()
         )
 
-    def _restart(self, slots, indices, scale):
+    def _restart(self, slots, indices, scale, fuse=False):
         state = self._adapter
         found = state.directions
         scale_a, scale_b = scale(
@@ -475,7 +566,8 @@ class SRLoRALayer:
         fresh_b = np.zeros(self.lora_kernel_b.shape, "float32")
         fresh_a[slots] = scale_a[:, None] * found.left[indices]
         fresh_b[slots] = scale_b[:, None] * found.right[indices]
-        kernel, a, b, drift = recompose_pairs(
+        before = self._computed_matrix()
+        kernel, a, b = recompose_pairs(
             self._kernel_matrix(),
             *self._factor_values(),
             ops.convert_to_tensor(restarted),
@@ -484,13 +576,22 @@ class SRLoRALayer:
             self.scale,
             state.remainder,
         )
-        self._assign_matrix(kernel)
-        self.lora_kernel_a.assign(a)
-        self.lora_kernel_b.assign(b)
+        if fuse:
+            fused_a, fused_b = self.factors_to_numpy()
+            state.fused_a = np.concatenate([state.fused_a, fused_a[slots]])
+            state.fused_b = np.concatenate([state.fused_b, fused_b[slots]])
         state.anchors[indices] = self.scale * scale_a * scale_b
         state.used[indices] = True
         state.slot_direction[slots] = indices
-        return float(ops.convert_to_numpy(drift))
+        self._assign_matrix(kernel, state)
+        self.lora_kernel_a.assign(a)
+        self.lora_kernel_b.assign(b)
+        return relative_change(before, self._computed_matrix())
+
+    def _computed_matrix(self):
+        """The effective kernel with the kernel as it is stored, rounded."""
+        kernel = in_full(self._kernel_matrix())
+        return effective_kernel(kernel, *self._factor_values(), self.scale)
 
     # Saving.
 
@@ -522,11 +623,16 @@ class SRLoRALayer:
         a, b = self.factors
         a.assign(self._a_initializer()(a.shape, dtype=a.dtype))
         b.assign(ops.zeros(b.shape, dtype=b.dtype))
-        self._adapter = AdapterState().with_variables_of(self._adapter)
+        self._adopt(AdapterState())
+
+    def _adopt(self, state):
+        """Takes over a record with whose kernel the layer was loaded."""
+        self._adapter = state.with_variables_of(self._adapter)
+        if is_quantized(self):
+            self._assign_matrix(None, state)
 
     def _plain_variables(self):
-        kernel = _keras.stored_kernel(self)
-        return [kernel] if self.bias is None else [kernel, self.bias]
+        return _keras.stored_variables(self)
 
     def save_own_variables(self, store):
         """Writes the variables, the directions, the statistics, the record.
@@ -580,5 +686,4 @@ class SRLoRALayer:
             variable.assign(value)
         for name in FACTORS:
             getattr(self, name).assign(store[name])
-        loaded = AdapterState.from_arrays({key: store[key] for key in keys})
-        self._adapter = loaded.with_variables_of(self._adapter)
+        self._adopt(AdapterState.from_arrays({key: store[key] for key in keys}))

@@ -223,6 +223,11 @@ class Recipe:
                 f"Received: steps_per_pair={steps!r}"
             )
 
+    @property
+    def subtracts(self):
+        """Whether pairs start with something that goes out of the kernel."""
+        return self.start != "lora" or self.scale != "as_lora"
+
     def to_dict(self):
         """As plain Python, for JSON and a layer's config."""
         return dataclasses.asdict(self)

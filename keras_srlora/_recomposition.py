@@ -55,25 +55,24 @@ def recompose_pairs(
             `in_full`.
 
     Returns:
-        `(kernel, a, b, drift)`: the kernel in full, not rounded to its dtype;
-        the factors in theirs; and the largest change of an entry of the
-        effective kernel, all rounded, as a part of its largest entry (a
-        scalar).
+        `(kernel, a, b)`: the kernel in full, not rounded to its dtype; the
+        factors in theirs.
     """
-    before = effective_kernel(in_full(kernel), a, b, scale)
     new_a = ops.where(restarted, ops.cast(fresh_a, a.dtype), a)
     new_b = ops.where(restarted, ops.cast(fresh_b, b.dtype), b)
     zero = ops.zeros_like(a)
     fused = _product(ops.where(restarted, a, zero), b, scale)
     # `new_a`, not `fresh_a`: rounding to the factors' dtype is subtracted too.
     fresh = _product(ops.where(restarted, new_a, zero), new_b, scale)
-    new_kernel = ops.add(in_full(kernel, remainder), fused - fresh)
-    rounded = in_full(ops.cast(new_kernel, kernel.dtype))
-    after = effective_kernel(rounded, new_a, new_b, scale)
+    return ops.add(in_full(kernel, remainder), fused - fresh), new_a, new_b
+
+
+def relative_change(before, after):
+    """Largest change of an entry, as a part of the largest entry; a float."""
     largest = ops.max(ops.abs(before))
-    change = ops.max(ops.abs(after - before))
-    drift = change / ops.where(largest > 0, largest, 1.0)
-    return new_kernel, new_a, new_b, drift
+    change = ops.max(ops.abs(ops.subtract(after, before)))
+    drift = ops.divide(change, ops.where(largest > 0, largest, 1.0))
+    return float(ops.convert_to_numpy(drift))
 
 
 def _product(a, b, scale):

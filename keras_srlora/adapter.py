@@ -186,9 +186,7 @@ def adapter_disabled(model):
     layers = srlora_layers(model)
     match_records(layers)
     variables = [
-        variable
-        for layer in layers
-        for variable in (_keras.stored_kernel(layer), *layer.factors)
+        variable for layer in layers for variable in layer.adapted_variables
     ]
     # On the host: no second copy of the kernels on an accelerator.
     kept = [np.array(ops.convert_to_numpy(v)) for v in variables]
@@ -264,7 +262,7 @@ def _describe(layer):
         "path": layer.path,
         "class": PLAIN[type(layer)].__name__,
         "equation": getattr(layer, "equation", None),
-        "kernel_shape": list(_keras.stored_kernel(layer).shape),
+        "kernel_shape": list(_keras.kernel_shape(layer)),
         "rank": layer.rank,
         "target_rank": layer.direction_count,
         "lora_alpha": layer.lora_alpha,
@@ -390,7 +388,7 @@ def _check_fits(layer, saved, arrays, filepath):
         raise ValueError(f"Layer {path!r} is not built: build the model first.")
     here = {
         "equation": getattr(layer, "equation", None),
-        "kernel_shape": list(_keras.stored_kernel(layer).shape),
+        "kernel_shape": list(_keras.kernel_shape(layer)),
         "rank": getattr(layer, "rank", saved["rank"]),
     }
     for name, value in here.items():
@@ -401,6 +399,8 @@ def _check_fits(layer, saved, arrays, filepath):
             )
     if _is_plain(layer):
         check_convertible(layer, saved["rank"])
+    else:
+        layer.check_recipe(get_recipe(saved["recipe"]), saved["target_rank"])
     matrix = _pretrained_matrix(layer)
     _check_arrays(matrix.shape, saved, arrays, file)
     actual = np.array(_fingerprint(matrix))
@@ -427,6 +427,12 @@ def _check_arrays(kernel_shape, saved, arrays, file):
             f"{file!r} does not fit layer {saved['path']!r}: its target_rank "
             f"is {saved['target_rank']}, above the smaller side of the kernel, "
             f"which is {kernel_shape[0]} x {kernel_shape[1]} as a matrix."
+        )
+    if len(arrays.get("fused_a", ())) > saved["target_rank"]:
+        raise ValueError(
+            f"{file!r} is damaged: in layer {saved['path']!r} more pairs were "
+            f"fused ({len(arrays['fused_a'])}) than its {saved['target_rank']} "
+            "directions are good for."
         )
     expected = _shapes(
         saved["rank"],

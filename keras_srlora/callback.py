@@ -180,6 +180,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                     "`trainable = True` on it (the kernel stays frozen). "
                     f"Received: layer.trainable={layer.trainable}"
                 )
+            layer.check_recipe(recipe, layer.direction_count)
             if layer.initialized:
                 _check_start(layer, recipe)
         _, inner = _split_optimizer(model)

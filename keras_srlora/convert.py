@@ -5,13 +5,13 @@ import re
 import warnings
 
 import keras
-from keras import ops
 
 from keras_srlora import _contraction
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_choice
 from keras_srlora._checks import check_finite_kernel
+from keras_srlora._checks import check_quantization
 from keras_srlora._checks import check_rank
 from keras_srlora._converted import ADAPTED
 from keras_srlora._converted import PLAIN
@@ -19,6 +19,7 @@ from keras_srlora._converted import convert_layers
 from keras_srlora._converted import inside
 from keras_srlora._converted import merge_layers
 from keras_srlora._layers import srlora_layers
+from keras_srlora._quantized import float_kernel
 from keras_srlora._recipes import get_recipe
 
 BIASES = ("none", "srlora_only", "all")
@@ -146,8 +147,7 @@ def merge_srlora(model):
         if not layer.built:
             layer.check_initializable()
     for layer in layers:
-        kernel = _keras.stored_kernel(layer)
-        kernel.assign(ops.cast(layer.effective_kernel(), kernel.dtype))
+        layer.merge_factors()
     merge_layers(model, layers)
     _keras.drop_compiled_functions(model)
     _renew_optimizer(model)
@@ -268,7 +268,7 @@ def _is_matrix(layer):
     """
     if not layer.built:
         return False
-    shape = _keras.stored_kernel(layer).shape
+    shape = _keras.kernel_shape(layer)
     return not (type(layer) is keras.layers.Dense and 1 in shape)
 
 
@@ -397,11 +397,7 @@ def check_convertible(layer, rank):
             f"Layer {path!r} has Keras's LoRA enabled (rank "
             f"{layer.lora_rank}). Load the plain model and convert that."
         )
-    if layer.quantization_mode is not None:
-        raise ValueError(
-            f"Layer {path!r} is quantized; its kernel cannot take up fused "
-            f"pairs. Received: quantization_mode={layer.quantization_mode!r}"
-        )
+    check_quantization(layer)
     if layer.kernel_constraint is not None:
         raise ValueError(
             f"Layer {path!r} has a kernel constraint, which needs the kernel "
@@ -410,7 +406,7 @@ def check_convertible(layer, rank):
         )
     # `_plan` looks only at what the plain layer has as well.
     check_rank(ADAPTED[type(layer)]._plan(layer), rank, path)
-    check_finite_kernel(_keras.stored_kernel(layer), path)
+    check_finite_kernel(float_kernel(layer), path)
 
 
 def _warn_of_outer_model(model):
@@ -430,8 +426,8 @@ def _warn_of_outer_model(model):
 def _freeze_base(model, targets, trained):
     """Freezes the pretrained part, all but the targets and some variables.
 
-    `model.trainable = True` brings it back, but for what `_convert` moves out
-    of its reach.
+    `model.trainable = True` brings it back, but for what `convert_layers` moves
+    out of its reach.
     """
     targets = {id(layer) for layer in targets}
     trained = {id(variable) for variable in trained}
@@ -473,7 +469,7 @@ def _is_backbone(model):
 def plain_matrix(layer):
     """The kernel of a plain layer as a matrix of shape `(in, out)`."""
     plan = ADAPTED[type(layer)]._plan(layer)
-    return _contraction.as_matrix(_keras.stored_kernel(layer), plan)
+    return _contraction.as_matrix(float_kernel(layer), plan)
 
 
 def convert_plain(model, layers, arguments, trained=()):

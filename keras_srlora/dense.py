@@ -83,5 +83,5 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
     """
 
     def _plan(self, input_ndim=2):
-        in_features, out_features = _keras.stored_kernel(self).shape
+        in_features, out_features = _keras.kernel_shape(self)
         return _contraction.dense(input_ndim, in_features, out_features)

@@ -53,5 +53,5 @@ class SRLoRAEinsumDense(SRLoRALayer, keras.layers.EinsumDense):
 
     def _plan(self, input_ndim=None):
         # `EinsumDense` fixes the number of input dimensions when it is built.
-        shape = tuple(_keras.stored_kernel(self).shape)
+        shape = _keras.kernel_shape(self)
         return _contraction.analyze(self.equation, self.input_spec.ndim, shape)

@@ -69,7 +69,7 @@ def export_lora(backbone, filepath, rank=None):
     for index, layer in enumerate(layers):
         if layer.name not in names or not hasattr(layer, "enable_lora"):
             continue
-        shape = tuple(_keras.stored_kernel(layer).shape)
+        shape = _keras.kernel_shape(layer)
         a = np.zeros((*shape[:-1], rank), "float32")
         b = np.zeros((rank, shape[-1]), "float32")
         # A layer of the same name that was not adapted gets an update of zero.

@@ -9,9 +9,8 @@ from keras_srlora import _keras
 from keras_srlora._layers import srlora_layers
 from keras_srlora.sensitivity import Sensitivity
 
-
-# Numbers nearer to 1 are rounded to 1. By hand, since an optimizer that is built
-# inside of a compiled step can compute nothing.
+# Numbers nearer to 1 are rounded to 1. By hand: an optimizer may be built in a
+# compiled step, where nothing can be computed.
 HALF_SPACING_BELOW_ONE = {"bfloat16": 2**-9, "float16": 2**-12}
 
 

@@ -1,6 +1,5 @@
 """Every backbone of KerasHub: converts, trains, recomposes, saves, merges."""
 
-import gc
 import os
 import pathlib
 
@@ -96,13 +95,6 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def _no_collection(monkeypatch):
-    # Keras collects garbage at each deletion of a variable, of which a merge
-    # has two a layer; that would take more time than all else.
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 # What KerasHub's layers, and torch on their behalf, say of themselves.

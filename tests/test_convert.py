@@ -507,12 +507,6 @@ def test_a_model_that_is_not_built():
     refused(keras.Sequential([keras.layers.Dense(3)]), "is not built")
 
 
-def test_a_quantized_kernel():
-    model = mlp()
-    model.get_layer("first").quantize("int8")
-    refused(model, "'first' is quantized")
-
-
 def test_a_kernel_with_a_constraint():
     inputs = keras.Input((8,))
     x = keras.layers.Dense(8, kernel_constraint="non_neg", name="held")(inputs)

@@ -18,7 +18,9 @@ def benchmark():
 
 
 @pytest.mark.parametrize("recipe", ["paper", "lora_restarts"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "int8", "int4"]
+)
 def test_drift_grows_no_faster_than_documented(recipe, dtype, benchmark):
     """At each of 50 recompositions at most `4 u √n`; half precision: `4 u`.
 

@@ -55,7 +55,7 @@ def product(layer):
     return layer.scale * a.T @ b
 
 
-def small_recompositions(layer, steps, rng):
+def small_recompositions(layer, steps):
     """Moves pairs by less than the kernel's rounding, and fuses them.
 
     Returns what all moves add up to, in float64.
@@ -89,7 +89,7 @@ def test_small_fused_pairs_are_not_lost_to_rounding(dtype, rng):
     start = stored(layer) + product(layer)
     # What initialisation rounded is part of the account.
     start = start + layer.adapter_state.remainder
-    update = small_recompositions(layer, range(20), rng)
+    update = small_recompositions(layer, range(20))
     error = stored(layer) + product(layer) - (start + update)
     # Half a unit in the last place, which is at most twice the roundoff of the
     # largest entry of the stored kernel.
@@ -117,12 +117,12 @@ def test_what_was_rounded_off_is_saved(dtype, rng, tmp_path):
 
     whole, layer = model()
     keras_srlora.initialize_factors(whole)
-    small_recompositions(layer, range(6), rng)
+    small_recompositions(layer, range(6))
     whole.save_weights(tmp_path / "middle.weights.h5")
     resumed, other = model()
     resumed.load_weights(tmp_path / "middle.weights.h5")
     for each in (layer, other):
-        small_recompositions(each, range(6, 12), rng)
+        small_recompositions(each, range(6, 12))
     np.testing.assert_array_equal(stored(layer), stored(other))
     np.testing.assert_array_equal(
         layer.adapter_state.remainder, other.adapter_state.remainder

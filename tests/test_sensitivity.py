@@ -10,7 +10,9 @@ from keras import ops
 from support import Recorder
 from support import dense_layer
 from support import matrix
+from support import regression_data
 from support import to_numpy
+from support import two_layer_model
 
 import keras_srlora
 
@@ -278,6 +280,19 @@ def test_overflow_under_loss_scaling_leaves_no_mark(rng):
         assert state.statistics_to_numpy().average_b.max() > 0
     finally:
         keras.config.set_dtype_policy(policy)
+
+
+def test_a_wrapper_in_compile_is_built_in_the_first_step(rng):
+    """On TensorFlow inside of the traced function, where nothing computes."""
+    model = two_layer_model(rng)
+    keras_srlora.initialize_factors(model)
+    optimizer = keras_srlora.SensitivityOptimizer(
+        keras.optimizers.Adam(), model
+    )
+    model.compile(optimizer, "mse")
+    model.fit(*regression_data(rng), verbose=0)
+    (scores,) = optimizer.sensitivity.importance()
+    assert (scores > 0).all()
 
 
 def test_recomposing_what_was_not_decomposed_is_refused(rng):
