@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from support import dense_layer
 from support import matrix
+from support import regression_data
 from support import tiny_bert
 from support import to_numpy
 from support import two_layer_model
@@ -54,6 +55,31 @@ def mlp():
     x = keras.layers.LayerNormalization(name="norm")(x)
     x = keras.layers.Dense(16, activation="relu", name="second")(x)
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+
+
+def test_a_layer_that_is_used_twice(rng, tmp_path):
+    """Converted once; its pairs are scored by the sum of both gradients."""
+    inputs = keras.Input((12,))
+    shared = keras.layers.Dense(12, activation="tanh", name="shared")
+    outputs = keras.layers.Dense(3, name="head")(shared(shared(inputs)))
+    model = keras.Model(inputs, outputs)
+    x, y = regression_data(rng)
+    before = to_numpy(model(x))
+    (layer,) = enable_srlora(
+        model, 2, 8, target_layer_names=["shared"], recipe="paper"
+    )
+    np.testing.assert_allclose(to_numpy(model(x)), before, atol=1e-6)
+    model.compile("adam", "mse")
+    callback = keras_srlora.RecompositionCallback(interval=2)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[callback])
+    assert [event.step for event in callback.record] == [2, 4, 6]
+    trained = to_numpy(model(x))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(to_numpy(loaded(x)), trained)
+    assert len({id(x) for x in loaded.layers}) == 3
+    merge_srlora(model)
+    np.testing.assert_allclose(to_numpy(model(x)), trained, atol=1e-6)
 
 
 def test_bert_keeps_its_function_names_and_paths(bert, rng):
