@@ -7,6 +7,9 @@ from keras import ops
 from keras_srlora._decomposition import METHODS
 from keras_srlora._quantized import MODES
 
+# Before, Keras stored quantized kernels in other ways.
+QUANTIZED_SINCE = 3, 15
+
 
 def check_arguments(rank, target_rank, lora_alpha, decomposition):
     """Raises `ValueError` for arguments that no kernel could satisfy."""
@@ -76,13 +79,17 @@ def check_quantization(layer):
             f"adapted: only {sorted(MODES)} can. "
             f"Received: quantization_mode={mode!r}"
         )
-    # Older versions of Keras store int4 in other ways.
-    if not hasattr(layer, "variable_serialization_spec"):
+    if keras_version() < QUANTIZED_SINCE:
         raise ValueError(
-            f"Layer {layer.path!r} is quantized; adapting it needs a newer "
-            f"Keras. Received: Keras {keras.__version__}, "
-            f"quantization_mode={mode!r}"
+            f"Layer {layer.path!r} is quantized; to adapt it you need Keras "
+            f"{'.'.join(map(str, QUANTIZED_SINCE))} or newer. Received: Keras "
+            f"{keras.__version__}, quantization_mode={mode!r}"
         )
+
+
+def keras_version():
+    """`(major, minor)`."""
+    return tuple(map(int, keras.__version__.split(".")[:2]))
 
 
 def check_fraction(name, value, low_open, high_open):

@@ -146,7 +146,7 @@ def stored_variables(layer):
     """A plain layer's variables, in the order of its weights file.
 
     `Dense.variable_serialization_spec`, without an underscore but not
-    documented; older than it is no quantization that is supported here.
+    documented; where there is none, no quantization is supported.
     """
     mode = layer.quantization_mode
     if mode is None:
