@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._checks import check_fraction
 from keras_srlora._converted import inside
@@ -157,9 +158,10 @@ class RecompositionCallback(keras.callbacks.Callback):
             layer.recipe = recipe
         initialize_factors(model)
         self._outer_optimizer, _ = _split_optimizer(model)
-        self._optimizer = _wrap_optimizer(
-            model, self._layers, self.beta1, self.beta2
-        )
+        with _devices.strategy_scope(model):
+            self._optimizer = _wrap_optimizer(
+                model, self._layers, self.beta1, self.beta2
+            )
         _keras.drop_compiled_functions(model)
 
     def _check(self, model, recipe):
@@ -183,7 +185,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             if layer.initialized:
                 _check_start(layer, recipe)
         _, inner = _split_optimizer(model)
-        check_optimizer(inner, model)
+        check_optimizer(inner)
         if inner.built:
             check_trains(inner, self._layers)
         match_records(self._layers)
