@@ -7,6 +7,7 @@ there is one device, and imports no backend but the one in use.
 import contextlib
 
 import keras
+from keras import ops
 
 # TensorFlow: the replicas of a `tf.distribute` strategy. Each runs the step on
 # its share of the batch, and holds the same weights.
@@ -93,3 +94,74 @@ def _replica_context():
     if context is None or context.num_replicas_in_sync == 1:
         return None
     return context
+
+
+# JAX: arrays that are sharded over the devices of a `keras.distribution`, some
+# of them in other processes.
+
+
+def along_kernel(kernel, rows, axis):
+    """Lays out rows as one of the kernel's two axes is.
+
+    A product of the two is then computed in parts. Where the rows are whole on
+    each device XLA brings the kernel together there, and a product of two
+    factors, which has the size of the kernel, is whole on each device.
+
+    Args:
+        kernel: tensor of shape `(in, out)`.
+        rows: array of shape `(rank, in)` for `axis=0`, `(rank, out)` for 1.
+        axis: 0 or 1.
+    """
+    sharding = _sharding(kernel)
+    if sharding is None:
+        return rows
+    import jax
+
+    spec = (*sharding.spec, None, None)
+    return jax.device_put(
+        rows,
+        jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec(None, spec[axis])
+        ),
+    )
+
+
+def laid_out_as(kernel, array):
+    """An array of the host as a tensor that is sharded as a kernel is."""
+    sharding = _sharding(kernel)
+    if sharding is None:
+        return array
+    import jax
+
+    return jax.device_put(array, sharding)
+
+
+def to_numpy(tensor):
+    """A tensor as an array of the host, in each process.
+
+    Parts that lie in other processes are brought together on each device.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if isinstance(tensor, jax.Array) and not (
+            tensor.is_fully_addressable or tensor.is_fully_replicated
+        ):
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.process_allgather(tensor, tiled=True)
+    return ops.convert_to_numpy(tensor)
+
+
+def _sharding(kernel):
+    """The layout of a kernel of which no device has all, else `None`."""
+    if keras.backend.backend() != "jax":
+        return None
+    import jax
+
+    sharding = getattr(kernel, "sharding", None)
+    if sharding is None or sharding.is_fully_replicated:
+        return None
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return None
+    return sharding

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_srlora import _contraction
 from keras_srlora import _decomposition
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
@@ -312,10 +313,16 @@ class SRLoRALayer:
         if not state.initialized:
             return 0.0
         found = state.directions
-        subtracted = state.anchors[:, None] * found.left
+        kernel = self._kernel_matrix()
+
+        def product(a, b):
+            a = _devices.along_kernel(kernel, a, 0)
+            b = _devices.along_kernel(kernel, b, 1)
+            return ops.matmul(a.T, b)
+
         return ops.subtract(
-            ops.matmul(subtracted.T, found.right),
-            ops.matmul(self.scale * state.fused_a.T, state.fused_b),
+            product(state.anchors[:, None] * found.left, found.right),
+            product(self.scale * state.fused_a, state.fused_b),
         )
 
     def update_factors(self):
@@ -378,7 +385,7 @@ class SRLoRALayer:
         self._adapter.remainder = None
         if keras.backend.standardize_dtype(kernel.dtype) in HALF_PRECISION:
             cut_off = ops.subtract(matrix, in_full(rounded))
-            self._adapter.remainder = np.array(ops.convert_to_numpy(cut_off))
+            self._adapter.remainder = np.array(_devices.to_numpy(cut_off))
 
     def find_record(self):
         """How much of the record belongs to the kernel that the layer has.
@@ -396,9 +403,11 @@ class SRLoRALayer:
                 weights were assigned after it was decomposed.
         """
         state = self._adapter
-        left = ops.convert_to_tensor(state.directions.left)
         kernel = ops.cast(self._kernel_matrix(), "float32")
-        image = ops.convert_to_numpy(ops.matmul(left, kernel))
+        left = ops.convert_to_tensor(
+            _devices.along_kernel(kernel, state.directions.left, 0)
+        )
+        image = _devices.to_numpy(ops.matmul(left, kernel))
         size = max(
             np.max(np.abs(image)), np.max(state.directions.singular_values)
         )
@@ -460,7 +469,7 @@ class SRLoRALayer:
     def factors_to_numpy(self):
         """Both factors as float32 arrays, `(rank, in)` and `(rank, out)`."""
         return tuple(
-            np.array(ops.convert_to_numpy(ops.cast(value, "float32")))
+            np.array(_devices.to_numpy(ops.cast(value, "float32")))
             for value in self._factor_values()
         )
 
@@ -490,7 +499,7 @@ class SRLoRALayer:
         state.anchors[indices] = self.scale * scale_a * scale_b
         state.used[indices] = True
         state.slot_direction[slots] = indices
-        return float(ops.convert_to_numpy(drift))
+        return float(_devices.to_numpy(drift))
 
     # Saving.
 

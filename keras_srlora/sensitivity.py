@@ -151,7 +151,7 @@ class Sensitivity:
             for layer in self.layers
         ]
         ends = np.cumsum([layer.rank for layer in self.layers])[:-1]
-        return np.split(ops.convert_to_numpy(ops.concatenate(scores)), ends)
+        return np.split(_devices.to_numpy(ops.concatenate(scores)), ends)
 
     def reset(self, layers):
         """Restarts the statistics of some layers from zero."""
@@ -187,7 +187,7 @@ class RunningStatistics:
         values = [ops.convert_to_tensor(v) for v in self._variables]
         return Statistics(
             *(
-                np.array(ops.convert_to_numpy(part))
+                np.array(_devices.to_numpy(part))
                 for part in _parts(values, self._places)
             )
         )
