@@ -5,9 +5,13 @@ there is one device, and imports no backend but the one in use.
 """
 
 import contextlib
+import warnings
 
 import keras
+import numpy as np
 from keras import ops
+
+from keras_srlora import _keras
 
 # TensorFlow: the replicas of a `tf.distribute` strategy. Each runs the step on
 # its share of the batch, and holds the same weights.
@@ -136,6 +140,38 @@ def laid_out_as(kernel, array):
     return jax.device_put(array, sharding)
 
 
+def warn_of_whole_factors(layers):
+    """Says where a layout map shards kernels and has no key for their factors.
+
+    Keys that are written for plain kernels, as KerasHub's own are, match no
+    factor, and Keras then keeps it whole on each device.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return
+    missing = {}
+    for layer in layers:
+        kernel = _keras.stored_kernel(layer)
+        layout = distribution.get_tensor_layout(kernel.path)
+        if layout is None:
+            continue
+        for factor, axis in zip(layer.factors, layer.sharded_axes(layout.axes)):
+            if axis and distribution.get_tensor_layout(factor.path) is None:
+                missing[factor.path] = (None, axis)
+    if missing:
+        keys = [f"layout_map[{k!r}] = {v}" for k, v in missing.items()]
+        warnings.warn(
+            "The layout map shards the kernels of SRLoRA layers and has no key "
+            f"for {len(missing)} of their factors, so that each device holds "
+            "these, and their optimizer slots, whole. Add keys before the "
+            "layers are built or converted; a key is a path, or a regular "
+            f"expression that matches a whole path: {'; '.join(keys[:4])}"
+            f"{'; ...' if len(keys) > 4 else ''}. With (None, None) a factor "
+            "is whole, and nothing is said.",
+            stacklevel=4,
+        )
+
+
 def to_numpy(tensor):
     """A tensor as an array of the host, in each process.
 
@@ -153,6 +189,19 @@ def to_numpy(tensor):
     return ops.convert_to_numpy(tensor)
 
 
+def local(tensor):
+    """A tensor that each device holds whole, as one of this process alone.
+
+    To compute with, where the other processes do not.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if isinstance(tensor, jax.Array) and not tensor.is_fully_addressable:
+            return tensor.addressable_data(0)
+    return tensor
+
+
 def _sharding(kernel):
     """The layout of a kernel of which no device has all, else `None`."""
     if keras.backend.backend() != "jax":
@@ -165,3 +214,79 @@ def _sharding(kernel):
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return None
     return sharding
+
+
+# PyTorch: the processes of `torch.distributed`, each with a model of its own.
+# Keras has no engine for them, so that averaging gradients is the user's part,
+# and that all do the same has to be seen to.
+
+# As a part of the largest number. What different processors round differently
+# is far below it, the gradients of different examples are far above.
+AGREEMENT = 1e-3
+
+
+def gather(values):
+    """What each process of the run has; a list, the same in each process."""
+    if not _process_count() > 1:
+        return [values]
+    import torch
+
+    gathered = [None] * _process_count()
+    torch.distributed.all_gather_object(gathered, values)
+    return gathered
+
+
+def agree(arrays, names, reason):
+    """Returns the arrays of the first process, after a look at the others'.
+
+    Args:
+        arrays: list of arrays.
+        names: list of strings, what the arrays belong to.
+        reason: str. What makes processes differ, and what to do.
+
+    Raises:
+        RuntimeError: in each process, if they differ by more than rounding.
+    """
+    first, *others = gather(arrays)
+    for process, other in enumerate(others, 1):
+        for name, a, b in zip(names, first, other):
+            bound = AGREEMENT * np.max(np.abs(a), initial=0.0)
+            if not np.allclose(a, b, rtol=0, atol=bound, equal_nan=True):
+                raise RuntimeError(
+                    f"Processes 0 and {process} of this run have different "
+                    f"{reason} Received: {np.ravel(a)[:4]} and "
+                    f"{np.ravel(b)[:4]} for layer {name!r}"
+                )
+    return first
+
+
+def check_same_start(layers):
+    """Raises where the processes of a run do not start from equal weights."""
+    if not _process_count() > 1:
+        return
+    agree(
+        [
+            np.concatenate([_first_entries(v) for v in layer.factors])
+            for layer in layers
+        ],
+        [layer.path for layer in layers],
+        "weights. Let them start from the same: call "
+        "`keras.utils.set_random_seed` with one number in all of them before "
+        "the model is made, or broadcast the weights of the first.",
+    )
+
+
+def _first_entries(variable, count=8):
+    entries = ops.reshape(ops.stop_gradient(variable), (-1,))[:count]
+    return to_numpy(ops.cast(entries, "float32"))
+
+
+def _process_count():
+    if keras.backend.backend() != "torch":
+        return 1
+    import torch
+
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized()):
+        return 1
+    return group.get_world_size()

@@ -249,6 +249,23 @@ class SRLoRALayer:
             ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.factors
         )
 
+    def sharded_axes(self, axes):
+        """Over which axes of a device mesh the two factors should be sharded.
+
+        Args:
+            axes: tuple of the names of axes that the kernel is sharded over, or
+                `None`: those of its `keras.distribution.TensorLayout`.
+
+        Returns:
+            Name or `None`, for the last dimension of either factor. Of several
+            dimensions of the kernel that make one of its sides the first one
+            counts.
+        """
+        plan = self._plan()
+        axes = (*axes, *[None] * len(plan.kernel_axes))
+        axes = [axes[i] for i in plan.kernel_axes]
+        return axes[0], axes[len(plan.in_shape)]
+
     # Initialisation and recomposition.
 
     @property

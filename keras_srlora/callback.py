@@ -78,7 +78,9 @@ class RecompositionCallback(keras.callbacks.Callback):
             layer, a layer that is not built or frozen, a kernel that is not
             finite, an optimizer that cannot work or was built for other
             variables, another model's run that has not ended.
-        RuntimeError: if the model's optimizer is replaced during the run.
+        RuntimeError: if the model's optimizer is replaced during the run, or
+            the processes of a run on several start from different weights or
+            score different gradients.
 
     Example:
 
@@ -153,6 +155,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._layers, self._given_recipe, self.fusion_ratio
         )
         self._check(model, recipe)
+        _devices.check_same_start(self._layers)
         self.recipe = recipe
         for layer in self._layers:
             layer.recipe = recipe
@@ -431,6 +434,8 @@ class RecompositionCallback(keras.callbacks.Callback):
         if self._step >= self._last_step():
             return
         phase = self._gate.phase
+        # All processes of a run must hear the same answer.
+        total, count = np.sum(_devices.gather((total, count)), axis=0)
         answer = self._gate.read(self._step, float(total), float(count))
         if self.verbose and self._gate.phase != phase:
             print(f"\nstep {self._step}: {self._gate.describe()}", flush=True)

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_srlora import _contraction
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_choice
@@ -490,4 +491,5 @@ def convert_plain(model, layers, arguments, trained=()):
         for layer, of_layer in zip(layers, arguments)
     ]
     convert_layers(model, layers, arguments)
+    _devices.warn_of_whole_factors(layers)
     _keras.drop_compiled_functions(model)

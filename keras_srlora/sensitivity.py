@@ -184,7 +184,10 @@ class RunningStatistics:
 
     def to_numpy(self):
         """The values now, as `Statistics` of arrays."""
-        values = [ops.convert_to_tensor(v) for v in self._variables]
+        # A process may save what the others do not.
+        values = [
+            _devices.local(ops.convert_to_tensor(v)) for v in self._variables
+        ]
         return Statistics(
             *(
                 np.array(_devices.to_numpy(part))

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
 
@@ -22,9 +24,18 @@ def run(engine, folder, *cluster):
     """Starts the script in a child process."""
     root = str(SCRIPT.parent.parent)
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    devices = 2 if cluster else 4
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    if engine == "sharded_kernels":
+        flags += f" --xla_dump_to={folder} --xla_dump_hlo_as_text"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), engine, str(folder), *map(str, cluster)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "OMP_NUM_THREADS": "1",
+            "XLA_FLAGS": flags,
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -62,6 +73,21 @@ def assert_equal_to_the_bit(found, expected):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+def run_two(engine, folder, check=True):
+    """Starts the script twice, as two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [run(engine, folder, port, index) for index in (0, 1)]
+    if not check:
+        return children
+    for child in children:
+        output_of(child)
+    first, second = (load(folder, f"process_{index}") for index in (0, 1))
+    assert_equal_to_the_bit(first, second)
+    return first
+
+
 @only_on("tensorflow")
 def test_mirrored_strategy(on_one_device, tmp_path):
     output_of(run("mirrored", tmp_path))
@@ -81,3 +107,134 @@ def test_a_gradient_must_be_finite_on_all_replicas(tmp_path):
     assert not found["factor"].any() and not found["head"].any()
     assert (found["nothing"] > 0).any(axis=-1).all()
     assert "in `with strategy.scope():`" in str(found["message"])
+
+
+@only_on("jax")
+def test_one_process_of_four_devices(on_one_device, tmp_path):
+    output_of(run("one_process", tmp_path))
+    found = load(tmp_path, "data_parallel")
+    assert_ends_where_one_device_does(found, on_one_device)
+    for device in range(4):
+        found = load(tmp_path, f"device_{device}")
+        assert_ends_where_one_device_does(found, on_one_device)
+        assert_equal_to_the_bit(found, load(tmp_path, "device_0"))
+    found = load(tmp_path, "model_parallel")
+    # After recompositions that assigned to all of them.
+    assert {
+        name: str(found.pop(name)) for name in [*found] if "spec" in name
+    } == {
+        "spec first/kernel": "(None, 'model')",
+        "spec first/lora_kernel_a": "(None, None)",
+        "spec first/lora_kernel_b": "(None, 'model')",
+        "spec second/kernel": "('model', None)",
+        "spec second/lora_kernel_a": "(None, 'model')",
+        "spec second/lora_kernel_b": "(None, None)",
+    }
+    assert_ends_where_one_device_does(found, on_one_device)
+
+
+@pytest.fixture(scope="module")
+def sharded_kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded_kernels")
+    output_of(run("sharded_kernels", folder))
+    return load(folder)
+
+
+@only_on("jax")
+def test_sharded_kernels_stay_in_parts(sharded_kernels):
+    found = sharded_kernels
+    for name in ("rows", "columns", "gemma float32", "llama bfloat16"):
+        programs, *whole = found[name]
+        assert int(programs) > 10
+        assert not whole, (name, whole[:3])
+        before, after = found[f"{name} specs"]
+        assert before.tolist() == after.tolist()
+        assert all("model" in spec for spec in after)
+        bound = 0.02 if "bfloat16" in name else 1e-5
+        assert found[f"{name} drift"] < bound
+
+
+@only_on("jax")
+def test_a_layout_map_without_keys_for_factors(sharded_kernels):
+    found = sharded_kernels
+    assert found["columns warnings"].size == 0
+    (message,) = found["rows warnings"]
+    assert "layout_map['wide/lora_kernel_a'] = (None, 'model')" in message
+    assert "lora_kernel_b" not in message
+    (message,) = found["gemma float32 warnings"]
+    assert "no key for 14 of their factors" in message
+    path = "decoder_block_0/attention/attention_output"
+    assert f"{path}/lora_kernel_a'] = (None, 'model')" in message
+    assert f"{path}/lora_kernel_b'] = (None, 'batch')" in message
+    (message,) = found["llama float32 warnings"]
+    assert "no key for 14 of their factors" in message
+
+
+@only_on("jax")
+def test_two_processes(on_one_device, tmp_path):
+    found = run_two("two_processes", tmp_path)
+    assert_ends_where_one_device_does(found, on_one_device)
+
+
+@only_on("jax")
+def test_kernels_that_span_processes(on_one_device, tmp_path):
+    found = run_two("spanning_kernels", tmp_path)
+    trained, disabled, again, merged = found.pop("outputs")
+    assert_ends_where_one_device_does(found, on_one_device)
+    assert np.abs(trained - disabled).max() > 0.01
+    np.testing.assert_array_equal(trained, again)
+    np.testing.assert_allclose(trained, merged, rtol=0, atol=1e-5)
+
+
+@only_on("torch")
+@pytest.mark.parametrize("engine", ["torch_fit", "torch_loop"])
+def test_two_gloo_processes(engine, on_one_device, tmp_path):
+    found = run_two(engine, tmp_path)
+    assert_ends_where_one_device_does(found, on_one_device)
+
+
+@only_on("torch")
+def test_processes_that_would_part_are_refused(tmp_path):
+    found = run_two("torch_mishaps", tmp_path)
+    assert "different weights" in str(found["weights"])
+    assert "different scores" in str(found["gradients"])
+    assert "Average the gradients" in str(found["gradients"])
+    assert found["weights kept"] and found["gradients kept"]
+    # Of the losses of both, three numbers of the state are these.
+    assert found["gate"][4] > 0
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="`fit` cannot")
+def test_two_processes_killed_and_resumed(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    folder.mkdir()
+    first, second = run_two("killed", folder, check=False)
+    output_of(second, -signal.SIGKILL)
+    first.kill()
+    first.wait()
+    # One process had saved the epoch, the other was about to.
+    names = {path.name for path in folder.glob("epoch-*")}
+    assert "epoch-02-1.weights.h5" in names
+    assert "epoch-03-1.weights.h5" not in names
+    children = [
+        *run_two("resumable", folder, check=False),
+        *run_two("resumable", whole, check=False),
+    ]
+    for child in children:
+        output_of(child)
+    for index in (0, 1):
+        resumed, expected = (
+            load(x, f"process_{index}") for x in (folder, whole)
+        )
+        assert resumed.pop("first epoch") == 2
+        assert expected.pop("first epoch") == 0
+        # The records of the callbacks are of what each has seen.
+        for name in ("steps", "slots", "directions"):
+            assert_tail(resumed.pop(name), expected.pop(name))
+        assert_equal_to_the_bit(resumed, expected)
+
+
+def assert_tail(tail, whole):
+    assert 0 < len(tail) < len(whole)
+    np.testing.assert_array_equal(tail, whole[-len(tail) :])
