@@ -151,6 +151,41 @@ def mirrored_mishaps(output):
     save(output, found)
 
 
+def multi_worker(output, port, index):
+    """Keras's `fit` cannot; a loop of one's own can."""
+    import tensorflow as tf
+
+    # Its workers are in the environment, `TF_CONFIG`.
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    with strategy.scope():
+        model = make_model()
+        optimizer = keras_srlora.SensitivityOptimizer(model.optimizer, model)
+        optimizer.build(model.trainable_variables)
+    variables = model.trainable_variables
+
+    @tf.function
+    def train_step(x, y):
+        def step(x, y):
+            with tf.GradientTape() as tape:
+                error = tf.reduce_mean((model(x, training=True) - y) ** 2)
+                loss = error / strategy.num_replicas_in_sync
+            optimizer.apply(tape.gradient(loss, variables), variables)
+
+        strategy.run(step, args=(x, y))
+
+    data = tf.data.Dataset.from_tensor_slices(make_data()).batch(BATCH)
+    record = []
+    for step, batch in enumerate(
+        strategy.experimental_distribute_dataset(data.repeat(EPOCHS))
+    ):
+        if step and step % INTERVAL == 0:
+            record += keras_srlora.recompose(
+                optimizer.sensitivity, optimizer, step
+            )
+        train_step(*batch)
+    save(output, everything(model, record), f"process_{index}")
+
+
 def two_replicas():
     import tensorflow as tf
 
@@ -213,7 +248,11 @@ def device_value(variable, device):
 
 
 def spec_of(variable):
-    return str(tuple(variable.value.sharding.spec))
+    """Axes of the device mesh, without what is `None` at the end."""
+    spec = list(variable.value.sharding.spec)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return str(tuple(spec))
 
 
 def sharded_kernels(output):
