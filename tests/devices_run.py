@@ -329,17 +329,16 @@ def sharded_kernels(output):
         distribution = keras.distribution.ModelParallel(layout_map=layouts)
         with distribution.scope():
             keras.utils.set_random_seed(0)
-            layer = keras.layers.Dense(160, name="wide")
-            model = keras.Sequential([keras.Input((96,)), layer])
+            inputs = keras.Input((96,))
+            outputs = keras.layers.Dense(160, name="wide")(inputs)
+            model = keras.Model(inputs, outputs)
             follow(name, model, {"target_layer_names": ["wide"]})
-    for policy in ("float32", "bfloat16"):
-        for name, (backbone, arguments) in kerashub_backbones().items():
-            layouts = backbone.get_layout_map(mesh())
-            distribution = keras.distribution.ModelParallel(layout_map=layouts)
-            keras.config.set_dtype_policy(policy)
-            with distribution.scope():
-                keras.utils.set_random_seed(0)
-                follow(f"{name} {policy}", backbone(**arguments), {})
+    for name, (backbone, policy, arguments) in kerashub_backbones().items():
+        layouts = backbone.get_layout_map(mesh())
+        distribution = keras.distribution.ModelParallel(layout_map=layouts)
+        with distribution.scope():
+            keras.utils.set_random_seed(0)
+            follow(name, backbone(**arguments, dtype=policy), {})
     save(output, found)
 
 
@@ -358,9 +357,10 @@ def kerashub_backbones():
     return {
         "gemma": (
             keras_hub.models.GemmaBackbone,
+            "float32",
             {**arguments, "head_dim": 18},
         ),
-        "llama": (keras_hub.models.LlamaBackbone, arguments),
+        "llama": (keras_hub.models.LlamaBackbone, "bfloat16", arguments),
     }
 
 
