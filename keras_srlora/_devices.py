@@ -177,15 +177,10 @@ def to_numpy(tensor):
 
     Parts that lie in other processes are brought together on each device.
     """
-    if keras.backend.backend() == "jax":
-        import jax
+    if _spans_processes(tensor) and not tensor.is_fully_replicated:
+        from jax.experimental import multihost_utils
 
-        if isinstance(tensor, jax.Array) and not (
-            tensor.is_fully_addressable or tensor.is_fully_replicated
-        ):
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.process_allgather(tensor, tiled=True)
+        return multihost_utils.process_allgather(tensor, tiled=True)
     return ops.convert_to_numpy(tensor)
 
 
@@ -194,12 +189,17 @@ def local(tensor):
 
     To compute with, where the other processes do not.
     """
-    if keras.backend.backend() == "jax":
-        import jax
-
-        if isinstance(tensor, jax.Array) and not tensor.is_fully_addressable:
-            return tensor.addressable_data(0)
+    if _spans_processes(tensor) and tensor.is_fully_replicated:
+        return tensor.addressable_data(0)
     return tensor
+
+
+def _spans_processes(tensor):
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(tensor, jax.Array) and not tensor.is_fully_addressable
 
 
 def _sharding(kernel):
