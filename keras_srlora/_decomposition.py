@@ -12,6 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_srlora._devices import along_kernel
+from keras_srlora._devices import to_numpy
+
 OVERSAMPLING = 24
 # How often `W Wᵀ` is applied to the basis.
 PRODUCTS = 3
@@ -73,9 +76,9 @@ def decompose(matrix, count, method="auto"):
         left, singular_values, right = ops.svd(matrix, full_matrices=False)
     else:
         left, singular_values, right = _randomized_svd(matrix, count)
-    left = ops.convert_to_numpy(ops.transpose(left[:, :count]))
-    singular_values = ops.convert_to_numpy(singular_values[:count])
-    right = ops.convert_to_numpy(right[:count])
+    left = to_numpy(ops.transpose(left[:, :count]))
+    singular_values = to_numpy(singular_values[:count])
+    right = to_numpy(right[:count])
     largest = np.argmax(np.abs(left), axis=1)[:, None]
     sign = np.where(np.take_along_axis(left, largest, axis=1) < 0, -1.0, 1.0)
     sign = sign.astype("float32")
@@ -84,10 +87,12 @@ def decompose(matrix, count, method="auto"):
 
 def _randomized_svd(matrix, count):
     def project(basis):
-        return ops.matmul(ops.transpose(basis), matrix)
+        rows = along_kernel(matrix, ops.transpose(basis), 0)
+        return ops.matmul(rows, matrix)
 
     def expand(projected):
-        return ops.matmul(matrix, ops.transpose(projected))
+        rows = along_kernel(matrix, projected, 1)
+        return ops.matmul(matrix, ops.transpose(rows))
 
     width = min(count + OVERSAMPLING, *matrix.shape)
     # A fixed generator, not Keras's: a decomposition is a function of the
@@ -97,7 +102,7 @@ def _randomized_svd(matrix, count):
     )
     projected = project(ops.convert_to_tensor(start))
     # Squares of very large and very small entries would be out of range.
-    unit = float(ops.convert_to_numpy(ops.max(ops.abs(projected)))) or 1.0
+    unit = float(to_numpy(ops.max(ops.abs(projected)))) or 1.0
 
     def apply(basis):
         return expand(project(basis) / unit) / unit
@@ -125,7 +130,7 @@ def _choose_filter(basis, image, count, most):
     """
     # Not NumPy's: its threads would stand in the way of the backend's.
     ritz, _ = ops.eigh(ops.matmul(ops.transpose(basis), image))
-    ritz = ops.convert_to_numpy(ritz)[::-1]
+    ritz = to_numpy(ritz)[::-1]
     floor = np.finfo("float32").eps * ritz[0]
     # 1 for a kernel of zeros.
     edge = max(ritz[min(count, len(ritz) - 1)], floor) or 1.0

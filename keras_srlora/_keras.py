@@ -311,18 +311,3 @@ def refresh_torch_parameters(model):
         return
     for layer in flatten_layers(model):
         layer._track_variables()
-
-
-def replica_count(model=None):
-    """Number of replicas of a model's `tf.distribute` strategy; else 1.
-
-    `fit` runs its callbacks outside of the strategy's scope, so the model is
-    asked: `Model.distribute_strategy`, which only TensorFlow's models have.
-    Without a model: the strategy in whose scope this is called.
-    """
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    import tensorflow as tf
-
-    strategy = tf.distribute.get_strategy()
-    return getattr(model, "distribute_strategy", strategy).num_replicas_in_sync

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_srlora import _contraction
 from keras_srlora import _decomposition
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_finite_kernel
@@ -291,6 +292,23 @@ class SRLoRALayer:
             ops.stop_gradient(ops.convert_to_tensor(v)) for v in self.factors
         )
 
+    def sharded_axes(self, axes):
+        """Over which axes of a device mesh the two factors should be sharded.
+
+        Args:
+            axes: tuple of the names of axes that the kernel is sharded over, or
+                `None`: those of its `keras.distribution.TensorLayout`.
+
+        Returns:
+            Name or `None`, for the last dimension of either factor. Of several
+            dimensions of the kernel that make one of its sides the first one
+            counts.
+        """
+        plan = self._plan()
+        axes = (*axes, *[None] * len(plan.kernel_axes))
+        axes = [axes[i] for i in plan.kernel_axes]
+        return axes[0], axes[len(plan.in_shape)]
+
     # Initialisation and recomposition.
 
     @property
@@ -357,9 +375,8 @@ class SRLoRALayer:
         Returns:
             tensor of shape `(in, out)`, float32 or float64; equal to rounding.
         """
-        return ops.subtract(
-            self._matrix_in_full(), self._fused_product(self._adapter)
-        )
+        kernel = self._matrix_in_full()
+        return ops.subtract(kernel, self._fused_product(self._adapter, kernel))
 
     def _fused_rows(self, state):
         """What a record says is in the frozen kernel, as two factors."""
@@ -376,8 +393,11 @@ class SRLoRALayer:
             np.concatenate([state.fused_b, found.right[anchored]]),
         )
 
-    def _fused_product(self, state):
+    def _fused_product(self, state, kernel):
+        """The product of `_fused_rows`, laid out as a kernel is."""
         a, b = self._fused_rows(state)
+        a = _devices.along_kernel(kernel, a, 0)
+        b = _devices.along_kernel(kernel, b, 1)
         return ops.matmul(ops.transpose(a), b)
 
     def update_factors(self):
@@ -431,7 +451,7 @@ class SRLoRALayer:
         pretrained = self.pretrained_matrix()
         self.lora_alpha = lora_alpha
         self._adapter = state.with_variables_of(self._adapter)
-        kernel = ops.add(pretrained, self._fused_product(state))
+        kernel = ops.add(pretrained, self._fused_product(state, pretrained))
         self._assign_matrix(kernel, state)
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
@@ -472,7 +492,7 @@ class SRLoRALayer:
         self._adapter.remainder = None
         if keras.backend.standardize_dtype(kernel.dtype) in HALF_PRECISION:
             cut_off = ops.subtract(matrix, in_full(rounded))
-            self._adapter.remainder = np.array(ops.convert_to_numpy(cut_off))
+            self._adapter.remainder = np.array(_devices.to_numpy(cut_off))
 
     def find_record(self):
         """How much of the record belongs to the kernel that the layer has.
@@ -490,9 +510,11 @@ class SRLoRALayer:
                 weights were assigned after it was decomposed.
         """
         state = self._adapter
-        left = ops.convert_to_tensor(state.directions.left)
         kernel = ops.cast(self._kernel_matrix(), "float32")
-        image = ops.convert_to_numpy(ops.matmul(left, kernel))
+        left = ops.convert_to_tensor(
+            _devices.along_kernel(kernel, state.directions.left, 0)
+        )
+        image = _devices.to_numpy(ops.matmul(left, kernel))
         size = max(
             np.max(np.abs(image)), np.max(state.directions.singular_values)
         )
@@ -551,7 +573,7 @@ class SRLoRALayer:
     def factors_to_numpy(self):
         """Both factors as float32 arrays, `(rank, in)` and `(rank, out)`."""
         return tuple(
-            np.array(ops.convert_to_numpy(ops.cast(value, "float32")))
+            np.array(_devices.to_numpy(ops.cast(value, "float32")))
             for value in self._factor_values()
         )
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._layer import SRLoRALayer
 
@@ -80,7 +81,8 @@ def initialize_factors(model):
     layers = srlora_layers(model)
     for layer in layers:
         layer.check_initializable()
-    for layer in layers:
-        if not layer.initialized:
-            layer.initialize_factors()
+    new = [layer for layer in layers if not layer.initialized]
+    _devices.warn_of_whole_factors(new)
+    for layer in new:
+        layer.initialize_factors()
     return layers

@@ -7,6 +7,8 @@ Factors are stored with one pair a row: `a` as `(rank, in)`, `b` as
 import keras
 from keras import ops
 
+from keras_srlora import _devices
+
 
 def in_full(kernel, remainder=None):
     """A stored kernel in float32 (or in float64 where it is), not rounded.
@@ -18,7 +20,9 @@ def in_full(kernel, remainder=None):
     """
     dtype = keras.backend.standardize_dtype(kernel.dtype)
     full = ops.cast(kernel, "float64" if dtype == "float64" else "float32")
-    return full if remainder is None else ops.add(full, remainder)
+    if remainder is None:
+        return full
+    return ops.add(full, _devices.laid_out_as(full, remainder))
 
 
 def effective_kernel(kernel, a, b, scale):
@@ -27,6 +31,8 @@ def effective_kernel(kernel, a, b, scale):
     For initialisation, recomposition and merging; the layer's call never
     computes it.
     """
+    a = _devices.along_kernel(kernel, a, 0)
+    b = _devices.along_kernel(kernel, b, 1)
     return ops.add(kernel, _product(a, b, scale))
 
 
@@ -58,6 +64,8 @@ def recompose_pairs(
         `(kernel, a, b)`: the kernel in full, not rounded to its dtype; the
         factors in theirs.
     """
+    a, fresh_a = (_devices.along_kernel(kernel, x, 0) for x in (a, fresh_a))
+    b, fresh_b = (_devices.along_kernel(kernel, x, 1) for x in (b, fresh_b))
     new_a = ops.where(restarted, ops.cast(fresh_a, a.dtype), a)
     new_b = ops.where(restarted, ops.cast(fresh_b, b.dtype), b)
     zero = ops.zeros_like(a)
@@ -72,7 +80,7 @@ def relative_change(before, after):
     largest = ops.max(ops.abs(before))
     change = ops.max(ops.abs(ops.subtract(after, before)))
     drift = ops.divide(change, ops.where(largest > 0, largest, 1.0))
-    return float(ops.convert_to_numpy(drift))
+    return float(_devices.to_numpy(drift))
 
 
 def _product(a, b, scale):

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora import _adapter_file
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._converted import PLAIN
@@ -189,7 +190,9 @@ def adapter_disabled(model):
         variable for layer in layers for variable in layer.adapted_variables
     ]
     # On the host: no second copy of the kernels on an accelerator.
-    kept = [np.array(ops.convert_to_numpy(v)) for v in variables]
+    kept = [
+        np.array(_devices.to_numpy(ops.convert_to_tensor(v))) for v in variables
+    ]
     remainders = [layer.adapter_state.remainder for layer in layers]
     try:
         for layer in layers:
@@ -290,13 +293,14 @@ def _fingerprint(matrix):
     random = np.random.default_rng(0)
     left = random.standard_normal((4, rows)).astype("float32")
     right = random.standard_normal((columns, 4)).astype("float32")
+    left = _devices.along_kernel(matrix, left, 0)
     sketch = ops.matmul(ops.matmul(left, ops.cast(matrix, "float32")), right)
-    return [float(x) for x in np.ravel(ops.convert_to_numpy(sketch))]
+    return [float(x) for x in np.ravel(_devices.to_numpy(sketch))]
 
 
 def _to_numpy(variable):
     value = ops.cast(ops.convert_to_tensor(variable), "float32")
-    return np.array(ops.convert_to_numpy(value))
+    return np.array(_devices.to_numpy(value))
 
 
 def _other_trainable(model, layers):

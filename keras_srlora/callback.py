@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._checks import check_fraction
 from keras_srlora._converted import inside
@@ -77,7 +78,9 @@ class RecompositionCallback(keras.callbacks.Callback):
             layer, a layer that is not built or frozen, a kernel that is not
             finite, an optimizer that cannot work or was built for other
             variables, another model's run that has not ended.
-        RuntimeError: if the model's optimizer is replaced during the run.
+        RuntimeError: if the model's optimizer is replaced during the run, or
+            the processes of a run on several start from different weights or
+            score different gradients.
 
     Example:
 
@@ -152,14 +155,16 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._layers, self._given_recipe, self.fusion_ratio
         )
         self._check(model, recipe)
+        _devices.check_same_start(self._layers)
         self.recipe = recipe
         for layer in self._layers:
             layer.recipe = recipe
         initialize_factors(model)
         self._outer_optimizer, _ = _split_optimizer(model)
-        self._optimizer = _wrap_optimizer(
-            model, self._layers, self.beta1, self.beta2
-        )
+        with _devices.strategy_scope(model):
+            self._optimizer = _wrap_optimizer(
+                model, self._layers, self.beta1, self.beta2
+            )
         _keras.drop_compiled_functions(model)
 
     def _check(self, model, recipe):
@@ -184,7 +189,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             if layer.initialized:
                 _check_start(layer, recipe)
         _, inner = _split_optimizer(model)
-        check_optimizer(inner, model)
+        check_optimizer(inner)
         if inner.built:
             check_trains(inner, self._layers)
         match_records(self._layers)
@@ -430,6 +435,8 @@ class RecompositionCallback(keras.callbacks.Callback):
         if self._step >= self._last_step():
             return
         phase = self._gate.phase
+        # All processes of a run must hear the same answer.
+        total, count = np.sum(_devices.gather((total, count)), axis=0)
         answer = self._gate.read(self._step, float(total), float(count))
         if self.verbose and self._gate.phase != phase:
             print(f"\nstep {self._step}: {self._gate.describe()}", flush=True)

@@ -7,6 +7,7 @@ import warnings
 import keras
 
 from keras_srlora import _contraction
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
 from keras_srlora._checks import check_choice
@@ -486,4 +487,5 @@ def convert_plain(model, layers, arguments, trained=()):
         for layer, of_layer in zip(layers, arguments)
     ]
     convert_layers(model, layers, arguments)
+    _devices.warn_of_whole_factors(layers)
     _keras.drop_compiled_functions(model)

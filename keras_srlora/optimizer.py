@@ -179,7 +179,7 @@ def _as_stock(outer, inner, name):
     return call
 
 
-def check_optimizer(optimizer, model=None):
+def check_optimizer(optimizer):
     """Raises where restarting a pair in this optimizer cannot be right."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
@@ -191,13 +191,6 @@ def check_optimizer(optimizer, model=None):
             "Ftrl keeps no weights: it computes them from its slots in each "
             "step, so a pair cannot be restarted. Use another optimizer. "
             f"Received: optimizer={optimizer.name!r}"
-        )
-    replicas = _keras.replica_count(model)
-    if replicas > 1:
-        raise NotImplementedError(
-            "SRLoRA does not yet reduce the gradients that it scores over the "
-            "replicas of a `tf.distribute` strategy; the scores would be of "
-            f"one replica alone. Received: a strategy with {replicas} replicas."
         )
 
 

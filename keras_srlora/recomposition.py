@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 
+from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora import _slots
 from keras_srlora._recipes import Pairs
@@ -63,6 +64,8 @@ def recompose(sensitivity, optimizer=None, step=0):
 
     Raises:
         ValueError: before anything is changed, if a layer was not decomposed.
+        RuntimeError: likewise, if the processes of `torch.distributed` have
+            scored different gradients.
 
     Example:
 
@@ -88,8 +91,17 @@ def recompose(sensitivity, optimizer=None, step=0):
             optimizer, _keras.optimizer_trainable_variables(optimizer)
         )
         _slots.warn_of_unknown(optimizer, unknown)
+    importance = _devices.agree(
+        sensitivity.importance(),
+        [layer.path for layer in sensitivity.layers],
+        "scores: each has scored the gradient of its own examples, or another "
+        "model. Average the gradients over the processes before they are "
+        "scored, as `DistributedDataParallel` does in a loop, and hooks of the "
+        "variables in `fit` (the documentation, 'From one machine to many', "
+        "has them).",
+    )
     events, recomposed = [], []
-    for layer, scores in zip(sensitivity.layers, sensitivity.importance()):
+    for layer, scores in zip(sensitivity.layers, importance):
         event = _recompose_layer(layer, scores, step)
         if event is None:
             continue

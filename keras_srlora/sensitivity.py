@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_srlora import _devices
 from keras_srlora._checks import check_fraction
 from keras_srlora._sensitivity import pair_importance
 from keras_srlora._sensitivity import sensitivity
@@ -107,27 +108,35 @@ class Sensitivity:
             for v in layer.factors
         }
         factors = [v for layer in self.layers for v in layer.factors]
+        seen = {id(v) for layer in scored for v in layer.factors}
+        rest = [g for k, g in gradient_of.items() if k not in seen]
+        gradient, rest = _devices.sum_over_replicas(
+            [
+                _flat(
+                    zeros.get(id(v), gradient_of.get(id(v))) for v in factors
+                ),
+                _total(rest),
+            ]
+        )
         observed = sensitivity(
-            _flat(zeros.get(id(v), v) for v in factors),
-            _flat(zeros.get(id(v), gradient_of.get(id(v))) for v in factors),
+            _flat(zeros.get(id(v), v) for v in factors), gradient
         )
         # A sum that is finite has only finite terms, and one pass is cheaper
         # than a test of each; |w·g| is finite only where g is.
-        seen = {id(v) for layer in scored for v in layer.factors}
-        terms = [
-            observed,
-            *(g for k, g in gradient_of.items() if k not in seen),
-        ]
-        accepted = ops.isfinite(
-            sum(ops.sum(ops.cast(x, "float32")) for x in terms)
-        )
+        accepted = ops.isfinite(_total([observed]) + rest)
         accepted = ops.logical_and(accepted, is_step)
         if zeros:
             accepted = ops.logical_and(accepted, self._mask(scored))
         old = [ops.convert_to_tensor(v) for v in self.variables]
         new = update_averages(*old, observed, self.beta1, self.beta2)
-        for variable, before, after in zip(self.variables, old, new):
-            variable.assign(ops.where(accepted, after, before))
+        _devices.check_on_replicas(self.variables)
+        _devices.assign_on_replicas(
+            self.variables,
+            [
+                ops.where(accepted, after, before)
+                for after, before in zip(new, old)
+            ],
+        )
 
     def importance(self):
         """Importance of each pair of each layer.
@@ -142,7 +151,7 @@ class Sensitivity:
             for layer in self.layers
         ]
         ends = np.cumsum([layer.rank for layer in self.layers])[:-1]
-        return np.split(ops.convert_to_numpy(ops.concatenate(scores)), ends)
+        return np.split(_devices.to_numpy(ops.concatenate(scores)), ends)
 
     def reset(self, layers):
         """Restarts the statistics of some layers from zero."""
@@ -175,10 +184,13 @@ class RunningStatistics:
 
     def to_numpy(self):
         """The values now, as `Statistics` of arrays."""
-        values = [ops.convert_to_tensor(v) for v in self._variables]
+        # A process may save what the others do not.
+        values = [
+            _devices.local(ops.convert_to_tensor(v)) for v in self._variables
+        ]
         return Statistics(
             *(
-                np.array(ops.convert_to_numpy(part))
+                np.array(_devices.to_numpy(part))
                 for part in _parts(values, self._places)
             )
         )
@@ -228,6 +240,12 @@ def _flat(arrays):
     return ops.concatenate(
         [ops.cast(ops.reshape(x, (-1,)), "float32") for x in arrays]
     )
+
+
+def _total(arrays):
+    """The sum of all entries of some tensors."""
+    sums = [ops.sum(ops.cast(x, "float32")) for x in arrays]
+    return sum(sums, ops.zeros((), "float32"))
 
 
 def _zeros(places):

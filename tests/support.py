@@ -54,7 +54,7 @@ def two_layer_model(rng, rank=4, **kwargs):
     return keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
 
 
-def converted_model(optimizer, dropout=0.0):
+def converted_model(optimizer, dropout=0.0, recipe="paper"):
     """Two converted layers and a head, compiled; the same each time."""
     keras.utils.set_random_seed(7)
     inputs = keras.Input((12,))
@@ -63,7 +63,7 @@ def converted_model(optimizer, dropout=0.0):
     x = keras.layers.Dense(16, activation="tanh", name="second")(x)
     model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
     keras_srlora.enable_srlora(
-        model, 2, target_layer_names=["first", "second"], recipe="paper"
+        model, 2, target_layer_names=["first", "second"], recipe=recipe
     )
     model.compile(optimizer, "mse")
     return model

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 import warnings
 
 import keras
@@ -595,27 +593,3 @@ def test_a_frozen_layer_is_left_alone_in_a_loop(rng):
     layer.trainable = False
     with pytest.warns(UserWarning, match="'hidden'.*it was frozen"):
         assert keras_srlora.recompose(sensitivity) == []
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
-def test_several_replicas_are_refused():
-    # Logical devices are made before TensorFlow starts: another process.
-    program = """
-import numpy as np, tensorflow as tf, keras, keras_srlora
-device = tf.config.list_physical_devices("CPU")[0]
-two = [tf.config.LogicalDeviceConfiguration()] * 2
-tf.config.set_logical_device_configuration(device, two)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    layer = keras_srlora.SRLoRADense(4, rank=2)
-    model = keras.Sequential([keras.Input((8,)), layer])
-    model.compile("sgd", "mse")
-callback = keras_srlora.RecompositionCallback()
-try:
-    model.fit(np.zeros((8, 8)), np.zeros((8, 4)), callbacks=[callback])
-except NotImplementedError as error:
-    print("refused:", error)
-"""
-    output = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True
-    ).stdout
-    assert "refused:" in output and "with 2 replicas" in output
