@@ -63,6 +63,16 @@ def check_finite_kernel(kernel, path):
         )
 
 
+def check_paths(paths, what):
+    """Raises where a path occurs twice: files know layers by their paths."""
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(
+            f"Several {what} have the same path, which is what a file knows "
+            f"them by: give them different names. Received: {twice[:4]}"
+        )
+
+
 def check_fraction(name, value, low_open, high_open):
     """Raises unless `value` is a number from 0 to 1 (ends open as said)."""
     number = isinstance(value, (int, float, np.floating))

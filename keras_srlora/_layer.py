@@ -275,7 +275,7 @@ class SRLoRALayer:
         kernel = ops.convert_to_tensor(_keras.stored_kernel(self))
         check_finite_kernel(kernel, self.path)
 
-    def initialize_factors(self):
+    def initialize_factors(self, file=None):
         """Decomposes the kernel that the layer has now, and starts the pairs.
 
         Where the recipe starts as PiSSA does, the first `rank` directions go
@@ -283,21 +283,33 @@ class SRLoRALayer:
         starts as LoRA, the factors stay as built (`a` random, `b` zero). The
         layer's function does not change.
 
+        Args:
+            file: an open `DirectionsFile` that may have the directions, or
+                `None`.
+
         Raises:
             ValueError: if the layer is not built or its kernel has an entry
                 that is not finite. Nothing is changed then.
         """
         self.check_initializable()
-        kernel = self._effective_matrix()
-        directions = _decomposition.decompose(
-            kernel, self.direction_count, self.decomposition
-        )
+        directions = self._decompose(file)
         fresh = AdapterState.start(directions, self.rank)
         self._adapter = fresh.with_variables_of(self._adapter)
         scale = self.recipe["start"]
         if scale is not None:
             leading = np.arange(self.rank)
             self._restart(leading, leading, scale)
+
+    def _decompose(self, file):
+        if ops.any(ops.not_equal(self.lora_kernel_b, 0)):
+            matrix = self._effective_matrix()
+        else:
+            # A product of zeros, and its sum, would be two more kernels.
+            matrix = self._matrix_in_full()
+        arguments = matrix, self.direction_count, self.decomposition
+        if file is None:
+            return _decomposition.decompose(*arguments)
+        return file.decompose(self.path, *arguments)
 
     def pretrained_matrix(self):
         """The kernel before SRLoRA, from the frozen one and the record.
