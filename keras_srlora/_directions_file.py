@@ -14,7 +14,6 @@ import numpy as np
 
 from keras_srlora import _tensors_file
 from keras_srlora._checks import check_paths
-from keras_srlora._decomposition import METHODS
 from keras_srlora._decomposition import Directions
 from keras_srlora._decomposition import choose_method
 from keras_srlora._decomposition import decompose
@@ -27,6 +26,7 @@ KIND = _tensors_file.Kind(
     writer="`keras_srlora.enable_srlora(model, directions=...)`",
     remedy="Copy it again, or delete it: it is then written anew.",
 )
+FOUND_BY = ("exact", "randomized")
 # What the order of float32 sums changes in a fingerprint, with room.
 ROUNDING = 1e-5
 
@@ -196,7 +196,7 @@ def _read_entries(metadata, tensors, filepath):
             for layer in metadata["layers"]
         }
         sense = all(
-            entry.method in METHODS and is_fingerprint(entry.fingerprint)
+            entry.method in FOUND_BY and is_fingerprint(entry.fingerprint)
             for entry in entries.values()
         )
     except (KeyError, TypeError, ValueError):

@@ -41,12 +41,10 @@ class Tensors(collections.abc.Mapping):
 
     def __init__(self, file):
         self._file = file
-        self._names = tuple(file.keys())
+        self._names = dict.fromkeys(file.keys())
 
     def __getitem__(self, name):
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
+        return self._file.get_tensor(self._known(name))
 
     def __iter__(self):
         return iter(self._names)
@@ -56,12 +54,17 @@ class Tensors(collections.abc.Mapping):
 
     def rows(self, name, count):
         """The first rows of an array, without reading the others."""
-        return self._file.get_slice(name)[:count]
+        return self._file.get_slice(self._known(name))[:count]
 
     def specification(self, name):
         """`(dtype, shape)`, such as `("F32", (3, 4))`, without reading it."""
-        described = self._file.get_slice(name)
+        described = self._file.get_slice(self._known(name))
         return described.get_dtype(), tuple(described.get_shape())
+
+    def _known(self, name):
+        if name not in self._names:
+            raise KeyError(name)
+        return name
 
 
 def write(path, tensors, metadata, kind):
