@@ -57,10 +57,9 @@ def check_rank(plan, rank, path):
 
 def check_finite_kernel(kernel, path):
     """Raises `ValueError` where a kernel has NaN or infinite entries."""
-    finite = ops.convert_to_numpy(
-        ops.all(ops.isfinite(ops.cast(kernel, "float32")))
-    )
-    if not finite:
+    # In its own dtype: half of what float32 would take for a moment.
+    kernel = ops.convert_to_tensor(kernel)
+    if not ops.convert_to_numpy(ops.all(ops.isfinite(kernel))):
         raise ValueError(
             f"The kernel of layer {path!r} has entries that are NaN or "
             "infinite: it cannot be decomposed. Check the weights that were "
@@ -90,6 +89,16 @@ def check_quantization(layer):
 def keras_version():
     """`(major, minor)`."""
     return tuple(map(int, keras.__version__.split(".")[:2]))
+
+
+def check_paths(paths, what):
+    """Raises where a path occurs twice: files know layers by their paths."""
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(
+            f"Several {what} have the same path, which is what a file knows "
+            f"them by: give them different names. Received: {twice[:4]}"
+        )
 
 
 def check_fraction(name, value, low_open, high_open):

@@ -69,9 +69,7 @@ def decompose(matrix, count, method="auto"):
         agree.
     """
     matrix = ops.cast(matrix, "float32")
-    if method == "auto":
-        small = 4 * (count + OVERSAMPLING) <= min(matrix.shape)
-        method = "randomized" if small else "exact"
+    method = choose_method(matrix.shape, count, method)
     if method == "exact":
         left, singular_values, right = ops.svd(matrix, full_matrices=False)
     else:
@@ -83,6 +81,14 @@ def decompose(matrix, count, method="auto"):
     sign = np.where(np.take_along_axis(left, largest, axis=1) < 0, -1.0, 1.0)
     sign = sign.astype("float32")
     return Directions(left * sign, singular_values, right * sign)
+
+
+def choose_method(shape, count, method):
+    """What `"auto"` stands for, given the matrix's shape."""
+    if method != "auto":
+        return method
+    small = 4 * (count + OVERSAMPLING) <= min(shape)
+    return "randomized" if small else "exact"
 
 
 def _randomized_svd(matrix, count):

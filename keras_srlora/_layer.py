@@ -335,13 +335,17 @@ class SRLoRALayer:
             )
         check_finite_kernel(float_kernel(self), self.path)
 
-    def initialize_factors(self):
+    def initialize_factors(self, file=None):
         """Decomposes the kernel that the layer has now, and starts the pairs.
 
         Where the recipe starts as PiSSA does, the first `rank` directions go
         into the factors and out of the kernel (arXiv 2404.02948); where it
         starts as LoRA, the factors stay as built (`a` random, `b` zero). The
         layer's function does not change.
+
+        Args:
+            file: an open `DirectionsFile` that may have the directions, or
+                `None`.
 
         Raises:
             ValueError: if the layer is not built, its kernel has an entry that
@@ -358,16 +362,24 @@ class SRLoRALayer:
                 "one, `model.quantize` and `enable_srlora` again. Received: "
                 f"quantization_mode={self.quantization_mode!r}"
             )
-        kernel = self._effective_matrix()
-        directions = _decomposition.decompose(
-            kernel, self.direction_count, self.decomposition
-        )
+        directions = self._decompose(file)
         fresh = AdapterState.start(directions, self.rank)
         self._adapter = fresh.with_variables_of(self._adapter)
         scale = self.recipe["start"]
         if scale is not None:
             leading = np.arange(self.rank)
             self._restart(leading, leading, scale)
+
+    def _decompose(self, file):
+        if ops.any(ops.not_equal(self.lora_kernel_b, 0)):
+            matrix = self._effective_matrix()
+        else:
+            # A product of zeros, and its sum, would be two more kernels.
+            matrix = self._matrix_in_full()
+        arguments = matrix, self.direction_count, self.decomposition
+        if file is None:
+            return _decomposition.decompose(*arguments)
+        return file.decompose(self.path, *arguments)
 
     def pretrained_matrix(self):
         """The kernel before SRLoRA, from the frozen one and the record.

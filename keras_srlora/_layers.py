@@ -4,7 +4,10 @@ import warnings
 
 from keras_srlora import _devices
 from keras_srlora import _keras
+from keras_srlora._directions_file import open_directions
 from keras_srlora._layer import SRLoRALayer
+from keras_srlora._progress import Progress
+from keras_srlora._progress import check_verbose
 
 
 def srlora_layers(model):
@@ -55,7 +58,7 @@ def match_records(layers):
         )
 
 
-def initialize_factors(model):
+def initialize_factors(model, directions=None, verbose="auto"):
     """Decomposes the kernels of the SRLoRA layers that are not decomposed yet.
 
     `RecompositionCallback` does it when `fit` starts. A loop of your own calls
@@ -63,13 +66,17 @@ def initialize_factors(model):
 
     Args:
         model: a built `keras.Model` with SRLoRA layers.
+        directions: path of a file, as in `enable_srlora`, that keeps what was
+            decomposed for the next time. Defaults to `None`.
+        verbose: `"auto"`, 0 or 1, as in `enable_srlora`.
 
     Returns:
         List of the SRLoRA layers, ordered by their paths.
 
     Raises:
         ValueError: before anything is changed, if there is no SRLoRA layer, one
-            is not built, or a kernel has entries that are not finite.
+            is not built, a kernel has entries that are not finite, or the file
+            cannot be used.
 
     Example:
 
@@ -78,11 +85,23 @@ def initialize_factors(model):
     keras_srlora.initialize_factors(model)
     ```
     """
+    check_verbose(verbose)
     layers = srlora_layers(model)
     for layer in layers:
         layer.check_initializable()
-    new = [layer for layer in layers if not layer.initialized]
-    _devices.warn_of_whole_factors(new)
-    for layer in new:
-        layer.initialize_factors()
+    fresh = [layer for layer in layers if not layer.initialized]
+    _devices.warn_of_whole_factors(fresh)
+    with open_directions(directions, fresh) as file:
+        decompose_kernels(fresh, file, verbose)
     return layers
+
+
+def decompose_kernels(layers, file=None, verbose="auto"):
+    """Decomposes the kernels of checked layers, one after the other.
+
+    `file`: an open `DirectionsFile`, or `None`.
+    """
+    progress = Progress(len(layers), verbose)
+    for done, layer in enumerate(layers, 1):
+        layer.initialize_factors(file)
+        progress.update(done)

@@ -10,7 +10,10 @@ from keras_srlora import _adapter_file
 from keras_srlora import _devices
 from keras_srlora import _keras
 from keras_srlora._checks import check_arguments
+from keras_srlora._checks import check_paths
 from keras_srlora._converted import PLAIN
+from keras_srlora._fingerprint import fingerprint
+from keras_srlora._fingerprint import is_fingerprint
 from keras_srlora._layer import FACTORS
 from keras_srlora._layers import match_records
 from keras_srlora._layers import srlora_layers
@@ -64,7 +67,7 @@ def save_adapter(model, filepath, include_trainable=False):
     ```
     """
     layers = srlora_layers(model)
-    _check_paths([layer.path for layer in layers], "SRLoRA layers")
+    check_paths([layer.path for layer in layers], "SRLoRA layers")
     tensors, described = {}, []
     for layer in layers:
         if not layer.initialized:
@@ -80,7 +83,7 @@ def save_adapter(model, filepath, include_trainable=False):
         described.append(_describe(layer))
     others = _other_trainable(model, layers)
     if include_trainable:
-        _check_paths([v.path for v in others], "trainable variables")
+        check_paths([v.path for v in others], "trainable variables")
         for variable in others:
             tensors[f"{TRAINABLE}/{variable.path}"] = _to_numpy(variable)
     # Not at the top: the package imports this module before it has a version.
@@ -270,7 +273,7 @@ def _describe(layer):
         "target_rank": layer.direction_count,
         "lora_alpha": layer.lora_alpha,
         "recipe": layer.recipe.to_dict(),
-        "fingerprint": _fingerprint(layer.pretrained_matrix()),
+        "fingerprint": fingerprint(layer.pretrained_matrix()),
     }
 
 
@@ -282,20 +285,6 @@ def _arguments(saved):
         "recipe": get_recipe(saved["recipe"]),
         "decomposition": "auto",
     }
-
-
-def _fingerprint(matrix):
-    """16 numbers that tell kernels apart: the matrix between random vectors.
-
-    Not a hash: a kernel that pairs were fused into is known to rounding only.
-    """
-    rows, columns = matrix.shape
-    random = np.random.default_rng(0)
-    left = random.standard_normal((4, rows)).astype("float32")
-    right = random.standard_normal((columns, 4)).astype("float32")
-    left = _devices.along_kernel(matrix, left, 0)
-    sketch = ops.matmul(ops.matmul(left, ops.cast(matrix, "float32")), right)
-    return [float(x) for x in np.ravel(_devices.to_numpy(sketch))]
 
 
 def _to_numpy(variable):
@@ -320,15 +309,6 @@ def _warn_left_out(variables):
 # Checks, all of them before the first change.
 
 
-def _check_paths(paths, what):
-    twice = sorted({path for path in paths if paths.count(path) > 1})
-    if twice:
-        raise ValueError(
-            f"Several {what} have the same path, which is what a file knows "
-            f"them by: give them different names. Received: {twice[:4]}"
-        )
-
-
 def _descriptions(metadata, filepath):
     """What a file says of its layers; its checksum is no proof of sense."""
 
@@ -347,11 +327,8 @@ def _descriptions(metadata, filepath):
         for name, types in DESCRIPTION.items():
             if not isinstance(saved[name], types):
                 refuse(f"{name}={saved[name]!r}")
-        numbers = saved["fingerprint"]
-        if len(numbers) != 16 or not all(
-            isinstance(x, float) and np.isfinite(x) for x in numbers
-        ):
-            refuse(f"fingerprint={numbers!r}")
+        if not is_fingerprint(saved["fingerprint"]):
+            refuse(f"fingerprint={saved['fingerprint']!r}")
         try:
             get_recipe(saved["recipe"])
             check_arguments(
@@ -407,7 +384,7 @@ def _check_fits(layer, saved, arrays, filepath):
         layer.check_recipe(get_recipe(saved["recipe"]), saved["target_rank"])
     matrix = _pretrained_matrix(layer)
     _check_arrays(matrix.shape, saved, arrays, file)
-    actual = np.array(_fingerprint(matrix))
+    actual = np.array(fingerprint(matrix))
     expected = np.array(saved["fingerprint"])
     size = float(ops.convert_to_numpy(ops.norm(ops.cast(matrix, "float32"))))
     # Entries are as large as the norm; a bfloat16 kernel is off by 0.004.

@@ -19,7 +19,10 @@ from keras_srlora._converted import PLAIN
 from keras_srlora._converted import convert_layers
 from keras_srlora._converted import inside
 from keras_srlora._converted import merge_layers
+from keras_srlora._directions_file import open_directions
+from keras_srlora._layers import decompose_kernels
 from keras_srlora._layers import srlora_layers
+from keras_srlora._progress import check_verbose
 from keras_srlora._quantized import float_kernel
 from keras_srlora._recipes import get_recipe
 
@@ -37,6 +40,8 @@ def enable_srlora(
     exclude_layer_names=(),
     rank_pattern=None,
     bias="none",
+    directions=None,
+    verbose="auto",
 ):
     """Converts the projections of a built model to SRLoRA layers, in place.
 
@@ -76,6 +81,13 @@ def enable_srlora(
             `"none"`, `"srlora_only"` (of the converted layers) or `"all"`
             (normalization layers' `beta`, too; a `.keras` file of a functional
             model does not say which variables of a plain layer are frozen).
+        directions: path of a file, such as `"bert.directions.safetensors"`,
+            that keeps what was decomposed: what it holds of these kernels is
+            read instead of decomposed, to the bit, and the rest is added. The
+            package safetensors must be installed. Defaults to `None`.
+        verbose: `"auto"`, 0 or 1: whether a progress bar is shown while kernels
+            are decomposed; `"auto"`, on a terminal or in a notebook, where it
+            takes longer than two seconds.
 
     Returns:
         List of the converted layers, ordered by their paths.
@@ -86,6 +98,8 @@ def enable_srlora(
             was converted before or has Keras's LoRA, a rank is above the
             smaller side of a kernel, an equation is not one contraction, or a
             kernel has entries that are not finite. The message names the layer.
+            Likewise if the file of `directions` is damaged or of another kind,
+            or two of the layers have the same path there.
 
     Example:
 
@@ -96,6 +110,7 @@ def enable_srlora(
     """
     check_arguments(rank, target_rank, lora_alpha, decomposition)
     check_choice("bias", bias, BIASES)
+    check_verbose(verbose)
     layers = _find_targets(model, target_layer_names, exclude_layer_names)
     ranks = _find_ranks(model, layers, rank, rank_pattern)
     arguments = [
@@ -112,9 +127,9 @@ def enable_srlora(
         check_arguments(of_layer, target_rank, lora_alpha, decomposition)
         check_convertible(layer, of_layer)
     biases = _find_biases(model, layers, bias)
-    convert_plain(model, layers, arguments, trained=biases)
-    for layer in layers:
-        layer.initialize_factors()
+    with open_directions(directions, layers) as file:
+        convert_plain(model, layers, arguments, trained=biases)
+        decompose_kernels(layers, file, verbose)
     return layers
 
 

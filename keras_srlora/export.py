@@ -8,10 +8,10 @@ import numpy as np
 from keras import ops
 
 from keras_srlora import _keras
-from keras_srlora._adapter_file import write_tensors
 from keras_srlora._files import written_whole
 from keras_srlora._layers import match_records
 from keras_srlora._layers import srlora_layers
+from keras_srlora._tensors_file import write_tensors
 
 
 def export_lora(backbone, filepath, rank=None):

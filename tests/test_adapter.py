@@ -325,7 +325,8 @@ def test_any_flipped_bit(saved, rng):
 
 
 def test_a_later_format(path, monkeypatch):
-    monkeypatch.setattr(_adapter_file, "VERSION", 99)
+    later = _adapter_file.KIND._replace(version=99)
+    monkeypatch.setattr(_adapter_file, "KIND", later)
     keras_srlora.save_adapter(trained_model(), path, include_trainable=True)
     monkeypatch.undo()
     refused(plain_model(), path, "format_version='99'")
