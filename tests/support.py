@@ -112,6 +112,21 @@ def regression_data(rng, samples=64, inputs=12, outputs=3):
     return x, np.tanh(y)
 
 
+def recomposing_fit(model, data, interval=5, epochs=1, **kwargs):
+    """Batches of 8, in order; returns the callback."""
+    callback = keras_srlora.RecompositionCallback(interval=interval)
+    model.fit(
+        *data,
+        batch_size=8,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[callback],
+        **kwargs,
+    )
+    return callback
+
+
 def effective(layer):
     return to_numpy(layer.effective_kernel())
 

@@ -6,6 +6,7 @@ import pytest
 from support import assert_same_variables
 from support import bert_outputs
 from support import effective
+from support import recomposing_fit
 from support import regression_data
 from support import tiny_bert
 from support import to_numpy
@@ -84,19 +85,9 @@ def data(rng):
     return x.reshape(64, 4, 12), y
 
 
-def fit(model, data, epochs=4, **arguments):
-    """8 steps an epoch; returns the callback."""
-    callback = keras_srlora.RecompositionCallback(interval=5)
-    model.fit(
-        *data,
-        batch_size=8,
-        epochs=epochs,
-        shuffle=False,
-        verbose=0,
-        callbacks=[callback],
-        **arguments,
-    )
-    return callback
+def fit(model, data, epochs=4, **kwargs):
+    """8 steps an epoch."""
+    return recomposing_fit(model, data, epochs=epochs, **kwargs)
 
 
 def adapted(model):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from support import assert_same_variables
 from support import effective
+from support import recomposing_fit
 from support import regression_data
 from support import to_numpy
 from support import two_layer_model
@@ -17,22 +18,8 @@ def trained_model(rng):
     model = two_layer_model(rng, rank=4)
     model.compile(keras.optimizers.Adam(0.01), "mse")
     data = regression_data(rng)
-    run(model, data, interval=5)
+    recomposing_fit(model, data, interval=5)
     return model, data
-
-
-def run(model, data, interval=5, epochs=1, **kwargs):
-    callback = keras_srlora.RecompositionCallback(interval=interval)
-    model.fit(
-        *data,
-        batch_size=8,
-        epochs=epochs,
-        shuffle=False,
-        verbose=0,
-        callbacks=[callback],
-        **kwargs,
-    )
-    return callback
 
 
 def same_to_the_bit(first, second):
@@ -75,7 +62,7 @@ def test_a_file_holds_everything(route, tmp_path, rng):
     assert type(loaded.optimizer).__name__ == "Adam"
     same_to_the_bit(model, loaded)
     # And trains on as the original, over further recompositions.
-    callbacks = [run(m, data) for m in (model, loaded)]
+    callbacks = [recomposing_fit(m, data) for m in (model, loaded)]
     assert callbacks[0].record and (
         callbacks[0].to_dict() == callbacks[1].to_dict()
     )
@@ -145,7 +132,7 @@ def test_a_checkpoint_loaded_during_fit_reaches_the_statistics(tmp_path, rng):
         )
     for name in held:
         np.testing.assert_array_equal(held[name], load.seen[name], name)
-    run(model, data)
+    recomposing_fit(model, data)
     np.testing.assert_array_equal(
         effective(fresh.get_layer("hidden")),
         effective(model.get_layer("hidden")),
@@ -217,20 +204,20 @@ def converted_mlp():
 
 def test_a_converted_model_is_read_back_as_frozen_as_it_was(tmp_path, rng):
     model, data = converted_mlp(), regression_data(rng)
-    run(model, data)
+    recomposing_fit(model, data)
     loaded = by_keras_file(model, tmp_path)
     names = [v.path for v in model.trainable_variables]
     assert [v.path for v in loaded.trainable_variables] == names
     assert "hidden/bias" not in names and "norm/gamma" not in names
     same_to_the_bit(model, loaded)
     for m in (model, loaded):
-        run(m, data)
+        recomposing_fit(m, data)
     same_to_the_bit(model, loaded)
 
 
 def test_a_merged_model_is_saved_read_and_trained_on(tmp_path, rng):
     model, data = converted_mlp(), regression_data(rng)
-    run(model, data)
+    recomposing_fit(model, data)
     keras_srlora.merge_srlora(model)
     loaded = by_keras_file(model, tmp_path)
     np.testing.assert_array_equal(
