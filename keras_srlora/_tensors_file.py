@@ -98,8 +98,12 @@ def write_tensors(path, tensors, metadata=None):
         for name in sorted(tensors)
     }
     with written_whole(path) as unfinished:
-        # Not `save`, whose bytes would be a second copy of everything.
-        safetensors.numpy.save_file(tensors, unfinished, metadata)
+        try:
+            # Not `save`, whose bytes would be a second copy of everything.
+            safetensors.numpy.save_file(tensors, unfinished, metadata)
+        except safetensors.SafetensorError as error:
+            # A full disk, for example, which is an `OSError` elsewhere.
+            raise OSError(f"{str(path)!r} was not written: {error}") from error
 
 
 @contextlib.contextmanager

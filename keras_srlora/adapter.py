@@ -409,18 +409,19 @@ def _check_arrays(kernel_shape, saved, arrays, file):
             f"is {saved['target_rank']}, above the smaller side of the kernel, "
             f"which is {kernel_shape[0]} x {kernel_shape[1]} as a matrix."
         )
-    if len(arrays.get("fused_a", ())) > saved["target_rank"]:
+    kept, fused = (_row_count(arrays.get(x)) for x in ("kept", "fused_a"))
+    if fused > saved["target_rank"]:
         raise ValueError(
             f"{file!r} is damaged: in layer {saved['path']!r} more pairs were "
-            f"fused ({len(arrays['fused_a'])}) than its {saved['target_rank']} "
-            "directions are good for."
+            f"fused ({fused}) than its {saved['target_rank']} directions are "
+            "good for."
         )
     expected = _shapes(
         saved["rank"],
         *kernel_shape,
         saved["target_rank"],
-        len(arrays.get("kept", ())),
-        len(arrays.get("fused_a", ())),
+        kept,
+        fused,
     )
     for name, (shape, kind) in expected.items():
         array = arrays.get(name)
@@ -447,6 +448,10 @@ def _check_arrays(kernel_shape, saved, arrays, file):
                 f"{file!r} does not hold what its metadata say: `{name}` of "
                 f"layer {saved['path']!r} names directions that do not exist."
             )
+
+
+def _row_count(array):
+    return 0 if array is None or array.ndim == 0 else len(array)
 
 
 def _check_variable(variable, path, array, filepath):
