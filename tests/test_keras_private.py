@@ -9,9 +9,14 @@ import re
 import keras
 import numpy as np
 import pytest
+from support import assert_same_variables
 from support import to_numpy
 
 from keras_srlora import _keras
+from keras_srlora._checks import QUANTIZED_SINCE
+from keras_srlora._checks import keras_version
+from keras_srlora._quantized import INTEGER_MODES
+from keras_srlora._quantized import MODES
 
 
 @pytest.fixture
@@ -197,3 +202,60 @@ def test_unique_names():
     first = _keras.unique_name("SRLoRAEinsumDense")
     assert re.fullmatch(r"srlora_einsum_dense(_\d+)?", first)
     assert first != _keras.unique_name("SRLoRAEinsumDense")
+
+
+QUANTIZED = pytest.mark.skipif(
+    keras_version() < QUANTIZED_SINCE, reason="needs a newer Keras"
+)
+PROJECTIONS = {
+    "dense": lambda: keras.layers.Dense(6),
+    "einsum": lambda: keras.layers.EinsumDense(
+        "btd,ndh->btnh", (None, 3, 4), bias_axes="nh"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [None, *(pytest.param(m, marks=QUANTIZED) for m in sorted(MODES))],
+)
+@pytest.mark.parametrize("make", PROJECTIONS.values(), ids=PROJECTIONS)
+def test_what_a_quantized_layer_stores(make, mode):
+    layer = make()
+    layer.build((2, 5, 8))
+    shape = tuple(layer.kernel.shape)
+    if mode:
+        layer.quantize(mode)
+    saved = {}
+    layer.save_own_variables(saved)
+    assert_same_variables(_keras.stored_variables(layer), saved.values())
+    assert _keras.kernel_shape(layer) == shape
+
+
+@QUANTIZED
+@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("make", PROJECTIONS.values(), ids=PROJECTIONS)
+def test_calling_a_quantized_layer_with_another_activation(make, mode, rng):
+    layer = make()
+    x = keras.ops.convert_to_tensor(
+        rng.standard_normal((2, 5, 8)).astype("float32")
+    )
+    layer.build(x.shape)
+    layer.quantize(mode)
+    doubled = _keras.call_quantized(layer, x, False, lambda y: 2 * y)
+    np.testing.assert_array_equal(to_numpy(doubled), 2 * to_numpy(layer(x)))
+
+
+@QUANTIZED
+@pytest.mark.parametrize("mode", sorted(INTEGER_MODES))
+@pytest.mark.parametrize("make", PROJECTIONS.values(), ids=PROJECTIONS)
+def test_a_quantized_layer_is_made_a_plain_one(make, mode, rng):
+    layer = make()
+    x = rng.standard_normal((2, 5, 8)).astype("float32")
+    layer.build(x.shape)
+    before, kernel = to_numpy(layer(x)), to_numpy(layer.kernel)
+    layer.quantize(mode)
+    _keras.replace_quantized_kernel(layer, kernel)
+    np.testing.assert_array_equal(to_numpy(layer(x)), before)
+    assert layer.dtype_policy.name == "float32"
+    assert sorted(v.name for v in layer.variables) == ["bias", "kernel"]
