@@ -95,6 +95,8 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    # Other files of this process compare runs to the bit.
+    jax.clear_caches()
 
 
 # What KerasHub's layers, and torch on their behalf, say of themselves.

@@ -380,7 +380,7 @@ def test_a_layer_is_built_quantized(data):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_quantized_backbone(mode, tmp_path):
     """`quantize` of a KerasHub model, its file, and its loss."""
-    bert = tiny_bert()
+    bert = tiny_bert(num_layers=1)
     bert.quantize(mode)
     before = bert_outputs(bert)
     layers = keras_srlora.enable_srlora(bert, 2)
