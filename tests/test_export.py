@@ -281,7 +281,11 @@ def hugging_face_vit(model):
         hidden_act="gelu",
         layer_norm_eps=1e-6,
     )
-    layers = {layer.path: layer for layer in model._flatten_layers()}
+    # KerasHub's spelling until 0.26.
+    layers = {
+        (layer.path or "").replace("/tranformer", "/transformer"): layer
+        for layer in model._flatten_layers()
+    }
     embedding = "vit_patching_and_embedding"
     patches = layers[f"{embedding}/patch_embedding"]
     positions = layers[f"{embedding}/position_embedding"].weights[0]

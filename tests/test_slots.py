@@ -35,9 +35,8 @@ OPTIMIZERS = {
     ),
 }
 for name in ("Muon", "ScheduleFreeAdamW"):
-    # Keras 3.10's Muon does not run on TensorFlow.
-    old = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 12)
-    if hasattr(keras.optimizers, name) and not old:
+    # Not in every version that is supported.
+    if hasattr(keras.optimizers, name):
         OPTIMIZERS[name.lower()] = getattr(keras.optimizers, name)
 
 
