@@ -114,7 +114,7 @@ def convert(name, layers, path):
     model = build(name, layers)
     for variable in model.variables:
         # JAX may be making it still.
-        float(ops.cast(ops.max(variable), "float32"))
+        ops.convert_to_numpy(ops.cast(ops.max(variable), "float32"))
     gc.collect()
     seconds, before = time_kernels(), memory("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
@@ -150,17 +150,17 @@ def build(name, layers):
 
 def time_kernels():
     """`{name: [seconds]}`, which fills while kernels are decomposed."""
-    seconds, original = {}, SRLoRALayer.initialize_factors
+    seconds, original = {}, SRLoRALayer.start_pairs
 
     def timed(layer, *args):
         start = time.perf_counter()
         original(layer, *args)
         # What was only begun.
-        float(ops.cast(ops.max(layer.lora_kernel_b), "float32"))
+        ops.convert_to_numpy(ops.cast(ops.max(layer.lora_kernel_b), "float32"))
         taken = time.perf_counter() - start
         seconds.setdefault(layer.name, []).append(taken)
 
-    SRLoRALayer.initialize_factors = timed
+    SRLoRALayer.start_pairs = timed
     return seconds
 
 

@@ -275,7 +275,7 @@ class SRLoRALayer:
         kernel = ops.convert_to_tensor(_keras.stored_kernel(self))
         check_finite_kernel(kernel, self.path)
 
-    def initialize_factors(self, file=None):
+    def initialize_factors(self):
         """Decomposes the kernel that the layer has now, and starts the pairs.
 
         Where the recipe starts as PiSSA does, the first `rank` directions go
@@ -283,15 +283,20 @@ class SRLoRALayer:
         starts as LoRA, the factors stay as built (`a` random, `b` zero). The
         layer's function does not change.
 
-        Args:
-            file: an open `DirectionsFile` that may have the directions, or
-                `None`.
-
         Raises:
             ValueError: if the layer is not built or its kernel has an entry
                 that is not finite. Nothing is changed then.
         """
         self.check_initializable()
+        self.start_pairs()
+
+    def start_pairs(self, file=None):
+        """`initialize_factors` of a layer that was checked.
+
+        Args:
+            file: an open `DirectionsFile` that may have the directions, or
+                `None`.
+        """
         directions = self._decompose(file)
         fresh = AdapterState.start(directions, self.rank)
         self._adapter = fresh.with_variables_of(self._adapter)
