@@ -57,9 +57,10 @@ def check_rank(plan, rank, path):
 
 def check_finite_kernel(kernel, path):
     """Raises `ValueError` where a kernel has NaN or infinite entries."""
-    # In its own dtype: half of what float32 would take for a moment.
-    kernel = ops.convert_to_tensor(kernel)
-    if not ops.convert_to_numpy(ops.all(ops.isfinite(kernel))):
+    # Zero times any other number is none; several times faster on PyTorch than
+    # `isfinite`, and with a single temporary.
+    nothing = ops.sum(ops.multiply(ops.convert_to_tensor(kernel), 0))
+    if not ops.convert_to_numpy(ops.equal(nothing, 0)):
         raise ValueError(
             f"The kernel of layer {path!r} has entries that are NaN or "
             "infinite: it cannot be decomposed. Check the weights that were "

@@ -335,17 +335,13 @@ class SRLoRALayer:
             )
         check_finite_kernel(float_kernel(self), self.path)
 
-    def initialize_factors(self, file=None):
+    def initialize_factors(self):
         """Decomposes the kernel that the layer has now, and starts the pairs.
 
         Where the recipe starts as PiSSA does, the first `rank` directions go
         into the factors and out of the kernel (arXiv 2404.02948); where it
         starts as LoRA, the factors stay as built (`a` random, `b` zero). The
         layer's function does not change.
-
-        Args:
-            file: an open `DirectionsFile` that may have the directions, or
-                `None`.
 
         Raises:
             ValueError: if the layer is not built, its kernel has an entry that
@@ -362,6 +358,15 @@ class SRLoRALayer:
                 "one, `model.quantize` and `enable_srlora` again. Received: "
                 f"quantization_mode={self.quantization_mode!r}"
             )
+        self.start_pairs()
+
+    def start_pairs(self, file=None):
+        """`initialize_factors` of a layer that was checked.
+
+        Args:
+            file: an open `DirectionsFile` that may have the directions, or
+                `None`.
+        """
         directions = self._decompose(file)
         fresh = AdapterState.start(directions, self.rank)
         self._adapter = fresh.with_variables_of(self._adapter)

@@ -103,5 +103,5 @@ def decompose_kernels(layers, file=None, verbose="auto"):
     """
     progress = Progress(len(layers), verbose)
     for done, layer in enumerate(layers, 1):
-        layer.initialize_factors(file)
+        layer.start_pairs(file)
         progress.update(done)
