@@ -52,7 +52,12 @@ def run(engine, folder, ports=(), index=0):
 
 
 def output_of(child, returncode=0):
-    output, _ = child.communicate(timeout=300)
+    try:
+        output, _ = child.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        # It may wait for another one that failed.
+        child.kill()
+        output, _ = child.communicate()
     assert child.returncode == returncode, output[-4000:]
     return output
 
