@@ -48,12 +48,26 @@ def assign_on_replicas(variables, values):
     """Assigns to variables of which each replica has computed the same value.
 
     `variable.assign` would want to know how to bring different ones together.
+
+    Raises:
+        ValueError: if they were made outside of the strategy's scope.
     """
     if _replica_context() is None:
         for variable, value in zip(variables, values):
             variable.assign(value)
         return
     import tensorflow as tf
+
+    if not all(
+        isinstance(v.value, tf.distribute.DistributedValues) for v in variables
+    ):
+        raise ValueError(
+            "The statistics of SRLoRA are on one device, and the step runs on "
+            f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas. "
+            "Make the `SensitivityOptimizer` (or the `Sensitivity`) in "
+            "`with strategy.scope():`. Received: variables="
+            f"{[v.path for v in variables]}"
+        )
 
     def assign(strategy, values):
         for variable, value in zip(variables, values):
@@ -68,24 +82,6 @@ def assign_on_replicas(variables, values):
     tf.__internal__.distribute.interim.maybe_merge_call(
         assign, tf.distribute.get_strategy(), values
     )
-
-
-def check_on_replicas(variables):
-    """Raises where variables were made outside of the strategy's scope."""
-    if _replica_context() is None:
-        return
-    import tensorflow as tf
-
-    if not all(
-        isinstance(v.value, tf.distribute.DistributedValues) for v in variables
-    ):
-        raise ValueError(
-            "The statistics of SRLoRA are on one device, and the step runs on "
-            f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas. "
-            "Make the `SensitivityOptimizer` (or the `Sensitivity`) in "
-            "`with strategy.scope():`. Received: variables="
-            f"{[v.path for v in variables]}"
-        )
 
 
 def _replica_context():
@@ -227,7 +223,7 @@ AGREEMENT = 1e-3
 
 def gather(values):
     """What each process of the run has; a list, the same in each process."""
-    if not _process_count() > 1:
+    if _process_count() == 1:
         return [values]
     import torch
 
@@ -262,7 +258,7 @@ def agree(arrays, names, reason):
 
 def check_same_start(layers):
     """Raises where the processes of a run do not start from equal weights."""
-    if not _process_count() > 1:
+    if _process_count() == 1:
         return
     agree(
         [

@@ -61,7 +61,7 @@ class DirectionsFile:
         self._path = pathlib.Path(filepath)
         self._open = contextlib.ExitStack()
         self._tensors, self._saved = {}, {}
-        self._found, self._missing = {}, []
+        self._wanted, self._new = 0, {}
         if self._path.exists():
             with contextlib.ExitStack() as stack:
                 self._tensors, metadata = stack.enter_context(
@@ -80,19 +80,15 @@ class DirectionsFile:
 
     def decompose(self, path, matrix, count, method):
         """As `_decomposition.decompose`; `path` is that of the layer."""
-        numbers = fingerprint(matrix)
-        wanted = _Entry(method, numbers, (count, *matrix.shape))
+        self._wanted += 1
+        wanted = _Entry(method, fingerprint(matrix), (count, *matrix.shape))
         if path in self._saved and self._saved[path].serves(wanted):
-            entry = self._saved[path]
-            directions = Directions(
+            return Directions(
                 *(self._tensors.rows(name, count) for name in _names(path))
             )
-        else:
-            method = choose_method(matrix.shape, count, method)
-            entry = wanted._replace(method=method)
-            directions = decompose(matrix, count, method)
-            self._missing.append(path)
-        self._found[path] = entry, directions
+        method = choose_method(matrix.shape, count, method)
+        directions = decompose(matrix, count, method)
+        self._new[path] = wanted._replace(method=method), directions
         return directions
 
     def __enter__(self):
@@ -100,28 +96,26 @@ class DirectionsFile:
 
     def __exit__(self, error, *_):
         with self._open:
-            if error is None and self._missing:
+            if error is None and self._new:
                 tensors, entries = self._everything()
         # Closed: not every system replaces a file that is open.
-        if error is None and self._missing:
+        if error is None and self._new:
             _write(self._path, tensors, entries)
             self._say_what_was_missing()
 
     def _everything(self):
         """What is in the file, and what was decomposed in its place."""
-        # What was read may have had more directions than were wanted.
-        new = {path: self._found[path] for path in self._missing}
         entries = {
             **self._saved,
-            **{path: entry for path, (entry, _) in new.items()},
+            **{path: entry for path, (entry, _) in self._new.items()},
         }
         tensors = {
             name: self._tensors[name]
             for path in self._saved
             for name in _names(path)
-            if path not in new
+            if path not in self._new
         }
-        for path, (_, directions) in new.items():
+        for path, (_, directions) in self._new.items():
             tensors.update(zip(_names(path), directions))
         return tensors, entries
 
@@ -129,8 +123,8 @@ class DirectionsFile:
         if self._saved:
             warnings.warn(
                 f"{str(self._path)!r} held no directions that fit "
-                f"{len(self._missing)} of {len(self._found)} kernels, such as "
-                f"that of layer {self._missing[0]!r}: none, fewer, of another "
+                f"{len(self._new)} of {self._wanted} kernels, such as that of "
+                f"layer {next(iter(self._new))!r}: none, fewer, of another "
                 "kernel or found by another method. They were decomposed, and "
                 "the file was written again.",
                 stacklevel=4,

@@ -392,8 +392,8 @@ class SRLoRALayer:
         Returns:
             tensor of shape `(in, out)`, float32 or float64; equal to rounding.
         """
-        kernel = self._matrix_in_full()
-        return ops.subtract(kernel, self._fused_product(self._adapter, kernel))
+        fused = self._fused_rows(self._adapter)
+        return effective_kernel(self._matrix_in_full(), *fused, -1.0)
 
     def _fused_rows(self, state):
         """What a record says is in the frozen kernel, as two factors."""
@@ -409,13 +409,6 @@ class SRLoRALayer:
             np.concatenate([self.scale * state.fused_a, -subtracted]),
             np.concatenate([state.fused_b, found.right[anchored]]),
         )
-
-    def _fused_product(self, state, kernel):
-        """The product of `_fused_rows`, laid out as a kernel is."""
-        a, b = self._fused_rows(state)
-        a = _devices.along_kernel(kernel, a, 0)
-        b = _devices.along_kernel(kernel, b, 1)
-        return ops.matmul(ops.transpose(a), b)
 
     def update_factors(self):
         """The whole update since the pretrained kernel, as two factors.
@@ -468,7 +461,7 @@ class SRLoRALayer:
         pretrained = self.pretrained_matrix()
         self.lora_alpha = lora_alpha
         self._adapter = state.with_variables_of(self._adapter)
-        kernel = ops.add(pretrained, self._fused_product(state, pretrained))
+        kernel = effective_kernel(pretrained, *self._fused_rows(state), 1.0)
         self._assign_matrix(kernel, state)
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
@@ -605,9 +598,10 @@ class SRLoRALayer:
         fresh_b = np.zeros(self.lora_kernel_b.shape, "float32")
         fresh_a[slots] = scale_a[:, None] * found.left[indices]
         fresh_b[slots] = scale_b[:, None] * found.right[indices]
-        before = self._computed_matrix()
+        stored = self._kernel_matrix()
+        before = self._computed_matrix(stored)
         kernel, a, b = recompose_pairs(
-            self._kernel_matrix(),
+            stored,
             *self._factor_values(),
             ops.convert_to_tensor(restarted),
             ops.convert_to_tensor(fresh_a),
@@ -625,12 +619,13 @@ class SRLoRALayer:
         self._assign_matrix(kernel, state)
         self.lora_kernel_a.assign(a)
         self.lora_kernel_b.assign(b)
-        return relative_change(before, self._computed_matrix())
+        after = self._computed_matrix(self._kernel_matrix())
+        return relative_change(before, after)
 
-    def _computed_matrix(self):
+    def _computed_matrix(self, stored):
         """The effective kernel with the kernel as it is stored, rounded."""
-        kernel = in_full(self._kernel_matrix())
-        return effective_kernel(kernel, *self._factor_values(), self.scale)
+        factors = self._factor_values()
+        return effective_kernel(in_full(stored), *factors, self.scale)
 
     # Saving.
 

@@ -177,7 +177,7 @@ def _digest(tensors, text):
     for name in sorted(tensors):
         array = tensors[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.asarray(array).tobytes())
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -129,7 +129,6 @@ class Sensitivity:
             accepted = ops.logical_and(accepted, self._mask(scored))
         old = [ops.convert_to_tensor(v) for v in self.variables]
         new = update_averages(*old, observed, self.beta1, self.beta2)
-        _devices.check_on_replicas(self.variables)
         _devices.assign_on_replicas(
             self.variables,
             [
