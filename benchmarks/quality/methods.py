@@ -6,8 +6,12 @@ of the layers to adapt.
 
 import dataclasses
 
+import keras
+import numpy as np
+
 import keras_srlora
 from keras_srlora import Recipe
+from keras_srlora import _slots
 from keras_srlora._recipes import RECIPES
 
 
@@ -55,6 +59,79 @@ def pissa(model, targets, rank):
     return []
 
 
+def adalora_like(model, targets, rank):
+    """LoRA of `1.5 r`, of which `r` a layer are left, on the average.
+
+    As AdaLoRA (arXiv 2303.10512) shares out its budget, and with its scores;
+    unlike it a pair has no singular value of its own, no penalty keeps the
+    pairs orthogonal, and what is pruned stays so. As many variables are trained
+    as by LoRA of `1.5 r`; those of pruned pairs are zero.
+    """
+    lora(model, targets, -(-3 * rank // 2))
+    return [Budget(rank)]
+
+
+class Budget(keras.callbacks.Callback):
+    """Prunes the least important pairs of all layers together.
+
+    Their number falls along a cube between a tenth and half of the run
+    (AdaLoRA, equation 12).
+    """
+
+    BEGIN, END, TIMES = 0.1, 0.5, 20
+    record = ()
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+
+    def set_model(self, model):
+        """Scores the pairs from the first step on."""
+        super().set_model(model)
+        model.optimizer = keras_srlora.SensitivityOptimizer(
+            model.optimizer, model
+        )
+        self.layers = model.optimizer.sensitivity.layers
+        self.alive = [np.ones(layer.rank, "bool") for layer in self.layers]
+        self.pruned = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Where the run is."""
+        self.epoch_start = epoch * self.params["steps"]
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Prunes `TIMES` times."""
+        total = self.params["epochs"] * self.params["steps"]
+        done = (self.epoch_start + batch) / total
+        part = (done - self.BEGIN) / (self.END - self.BEGIN)
+        if self.pruned < self.TIMES and part * self.TIMES >= self.pruned + 1:
+            self.pruned += 1
+            self.prune(min(part, 1.0))
+
+    def prune(self, part):
+        """Leaves as many pairs as the budget has at this part of its way."""
+        first = sum(map(len, self.alive))
+        last = self.rank * len(self.layers)
+        count = last + round((first - last) * (1 - part) ** 3)
+        # On JAX this brings the variables up to date.
+        optimizer = self.model.optimizer
+        scores = np.concatenate(optimizer.sensitivity.importance())
+        scores[~np.concatenate(self.alive)] = -1.0
+        kept = np.zeros(first, "bool")
+        kept[np.argsort(-scores, kind="stable")[:count]] = True
+        ends = np.cumsum([layer.rank for layer in self.layers])[:-1]
+        self.alive = np.split(kept, ends)
+        inner = optimizer.unwrap()
+        slots, _ = _slots.find_slots(inner, self.model.trainable_variables)
+        for layer, alive in zip(self.layers, self.alive):
+            # Both factors and their moments at zero: no gradient either.
+            for factor in layer.factors:
+                states = [slot for _, slot in slots[id(factor)]]
+                for variable in [factor, *states]:
+                    value = keras.ops.convert_to_numpy(variable)
+                    variable.assign(value * alive[:, None])
+
+
 def srlora(recipe, directions=8):
     """Returns the method of a recipe, with `target_rank` `directions · r`."""
 
@@ -88,6 +165,7 @@ METHODS = {
     "lora_2r": lora_2r,
     "lora_4r": lora_4r,
     "rslora": rslora,
+    "adalora_like": adalora_like,
     "pissa": pissa,
     "paper": srlora(RECIPES["paper"]),
     "lora_restarts": srlora(RECIPES["lora_restarts"]),

@@ -20,7 +20,15 @@ import matplotlib.pyplot as plt
 
 RESULTS = run.HERE / "results"
 VERDICTS = ("better", "level", "worse")
-SUMMARISED = ("adaptive", "lora_restarts", "paper", "pissa", "rslora", "lora")
+SUMMARISED = (
+    "adaptive",
+    "lora_restarts",
+    "paper",
+    "pissa",
+    "rslora",
+    "adalora_like",
+    "lora",
+)
 PLOTTED = ("lora", "lora_4r", "pissa", "paper", "lora_restarts", "adaptive")
 SMALLEST_GAP = 1e-3  # of losses that begin near 1
 
@@ -106,10 +114,9 @@ def table(task, cells):
     for rank, method in sorted(cells, key=lambda k: (k[0], test_loss(k))):
         runs = cells[rank, method]
         records = list(runs.values())
-        lora, quadruple = (
-            cells.get((rank, "lora")),
-            cells.get((rank, "lora_4r")),
-        )
+        lora = cells.get((rank, "lora"))
+        # The same runs by another name.
+        quadruple = cells.get((rank, "lora_4r"), cells.get((4 * rank, "lora")))
         accuracy = [r["test_accuracy"] for r in records if "test_accuracy" in r]
         lines.append(
             f"| {rank} | `{method}` | {records[0]['rate']:g} | "
