@@ -28,16 +28,17 @@ TRAIN_ON = (
 import sys
 import keras
 import keras_srlora
-model = keras.saving.load_model(sys.argv[1])
-callback = keras_srlora.RecompositionCallback(interval=3)
-model.fit(
-    x, y, batch_size=2, epochs=2, initial_epoch=1, verbose=0, shuffle=False,
-    callbacks=[callback],
-)
-assert len(callback.record) > 6
-variables = [*model.variables, *model.optimizer.variables]
-arrays = [keras.ops.convert_to_numpy(v) for v in variables]
-np.savez(sys.argv[2], *arrays, names=[v.name for v in variables])
+for path in sys.argv[1:]:
+    model = keras.saving.load_model(path)
+    callback = keras_srlora.RecompositionCallback(interval=3)
+    model.fit(
+        x, y, batch_size=2, epochs=2, initial_epoch=1, verbose=0,
+        shuffle=False, callbacks=[callback],
+    )
+    assert len(callback.record) > 6, path
+    variables = [*model.variables, *model.optimizer.variables]
+    arrays = [keras.ops.convert_to_numpy(v) for v in variables]
+    np.savez(path + ".npz", *arrays, names=[v.name for v in variables])
 """
 )
 LOAD_ONLY = """
@@ -138,23 +139,40 @@ def fit(model, **kwargs):
     )
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        backbone_then_outer,
-        backbone_as_a_layer,
-        outer_model,
-        task,
-        composite_of_keras,
-    ],
-)
-def test_trains_on_in_another_process(make, tmp_path):
-    model = trained(make)
-    model.save(tmp_path / "model.keras")
-    child = elsewhere(TRAIN_ON, tmp_path / "model.keras", tmp_path / "x.npz")
+WAYS = [
+    backbone_then_outer,
+    backbone_as_a_layer,
+    outer_model,
+    task,
+    composite_of_keras,
+]
+
+
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory):
+    """`{make: (model, arrays)}`: trained on here, and from its file elsewhere.
+
+    One process for all files: most of its time is imports.
+    """
+    folder = tmp_path_factory.mktemp("files")
+    models, paths = {}, {}
+    for make in WAYS:
+        models[make] = trained(make)
+        paths[make] = folder / f"{make.__name__}.keras"
+        models[make].save(paths[make])
+        # At once: on torch all draw from one generator.
+        fit(models[make], epochs=2, initial_epoch=1)
+    child = elsewhere(TRAIN_ON, *paths.values())
     assert child.returncode == 0, child.stderr[-3000:]
-    fit(model, epochs=2, initial_epoch=1)
-    loaded = np.load(tmp_path / "x.npz")
+    return {
+        make: (model, np.load(f"{paths[make]}.npz"))
+        for make, model in models.items()
+    }
+
+
+@pytest.mark.parametrize("make", WAYS)
+def test_trains_on_in_another_process(make, trained_on):
+    model, loaded = trained_on[make]
     variables = [*model.variables, *model.optimizer.variables]
     assert list(loaded["names"]) == [v.name for v in variables]
     for i, variable in enumerate(variables):

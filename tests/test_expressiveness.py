@@ -25,7 +25,7 @@ def teacher():
     return pretrained.astype("float32"), update, x, y
 
 
-def error_left(teacher, recipe, learning_rate, callbacks):
+def error_left(teacher, recipe, learning_rate, callbacks, steps=STEPS):
     pretrained, update, x, y = teacher
     keras.utils.set_random_seed(0)
     layer = keras_srlora.SRLoRADense(
@@ -39,7 +39,7 @@ def error_left(teacher, recipe, learning_rate, callbacks):
         x,
         y,
         batch_size=BATCH,
-        epochs=STEPS // 250,
+        epochs=steps // 250,
         verbose=0,
         callbacks=callbacks,
     )
@@ -54,8 +54,9 @@ def test_the_best_update_of_rank_8_leaves_0_708(teacher):
 
 
 def test_lora_stays_at_the_best_of_its_rank(teacher):
-    # Trained as long, at a rate at which it converges.
-    assert error_left(teacher, "lora_restarts", 1e-3, []) > 0.70
+    # Long enough to be there: more steps leave it where it is.
+    error = error_left(teacher, "lora_restarts", 3e-3, [], steps=1000)
+    assert 0.70 < error < 0.72
 
 
 def test_srlora_goes_below(teacher):
