@@ -54,43 +54,16 @@ def quickstart(session):
 def tests(session):
     """Run the whole test suite on each of the three backends."""
     install(session, [*BACKENDS, "hub", "examples", "test", "docs"], True)
-    failed = []
-    for backend in BACKENDS:
-        session.log(f"The test suite on {backend}:")
-        try:
-            session.run(
-                "python",
-                "-m",
-                "pytest",
-                # One process a core; a file's tests share what they set up.
-                "-n",
-                "auto",
-                "--dist",
-                "loadfile",
-                *session.posargs,
-                env=environment(backend),
-            )
-        except CommandFailed:
-            failed.append(backend)
-    if failed:
-        session.error(f"The test suite failed on {', '.join(failed)}.")
+    run_suite(session)
 
 
 @nox.session
 def oldest(session):
-    """Run the suite on TensorFlow with the oldest Keras that is supported."""
-    install(session, ["tensorflow", "hub", "examples", "test", "docs"], True)
+    """Run the whole suite with the oldest Keras that is supported."""
+    install(session, [*BACKENDS, "hub", "examples", "test", "docs"], True)
     session.install("--no-deps", *OLDEST)
-    session.run(
-        "python",
-        "-m",
-        "pytest",
-        # What these versions say of newer ones of NumPy.
-        "-W",
-        "ignore:In the future",
-        *session.posargs,
-        env=environment("tensorflow"),
-    )
+    # What these versions say of newer ones of NumPy.
+    run_suite(session, "-W", "ignore:In the future")
 
 
 @nox.session
@@ -108,6 +81,31 @@ def lint(session):
     session.install(*CONSTRAINTS, "ruff")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
+
+
+def run_suite(session, *options):
+    """Runs pytest on each backend, on the others too where one fails."""
+    failed = []
+    for backend in BACKENDS:
+        session.log(f"The test suite on {backend}:")
+        try:
+            session.run(
+                "python",
+                "-m",
+                "pytest",
+                # One process a core; a file's tests share what they set up.
+                "-n",
+                "auto",
+                "--dist",
+                "loadfile",
+                *options,
+                *session.posargs,
+                env=environment(backend),
+            )
+        except CommandFailed:
+            failed.append(backend)
+    if failed:
+        session.error(f"The test suite failed on {', '.join(failed)}.")
 
 
 def install(session, extras, with_data=False):
