@@ -6,6 +6,9 @@ from keras import ops
 
 import keras_srlora
 
+# A warning of torch of Keras 3.13, also where pytest's filters do not reach.
+OF_OTHERS = "Using a non-tuple sequence for multidimensional"
+
 
 def to_numpy(x):
     return np.array(ops.convert_to_numpy(x))

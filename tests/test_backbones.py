@@ -105,7 +105,6 @@ def _compile_fast():
     "ignore:Layer .* was passed an input with a mask attached:UserWarning",
     "ignore:Layer .* looks like it has unbuilt state:UserWarning",
     "ignore:The 'rwkv_ops' package is not installed:UserWarning",
-    "ignore:Using a non-tuple sequence for multidimensional:UserWarning",
 )
 @pytest.mark.parametrize("name", list(exported_classes()))
 def test_backbone(name, table, tmp_path, rng):

@@ -8,6 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from support import OF_OTHERS
 from support import tiny_bert
 from support import to_numpy
 
@@ -51,8 +52,8 @@ keras.saving.load_model(sys.argv[1])
 def elsewhere(code, *arguments, warnings="error"):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-W", f"{warnings}::UserWarning", "-c", code]
-        + list(map(str, arguments)),
+        [sys.executable, "-W", f"{warnings}::UserWarning"]
+        + ["-W", f"ignore:{OF_OTHERS}", "-c", code, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -10,6 +10,7 @@ import warnings
 import killed_run
 import numpy as np
 import pytest
+from support import OF_OTHERS
 from support import to_numpy
 
 SCRIPT = pathlib.Path(killed_run.__file__)
@@ -48,6 +49,7 @@ def assert_resumes(tmp_path, route, optimizer, moment, match=None):
     whole = everything(killed_run.train(other, route, optimizer))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", OF_OTHERS)
         resumed = everything(killed_run.train(folder, route, optimizer))
     said = [str(w.message) for w in caught if w.category is UserWarning]
     assert len(said) == (match is not None), said
