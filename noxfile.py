@@ -62,8 +62,14 @@ def oldest(session):
     """Run the whole suite with the oldest Keras that is supported."""
     install(session, [*BACKENDS, "hub", "examples", "test", "docs"], True)
     session.install("--no-deps", *OLDEST)
-    # What these versions say of newer ones of NumPy.
-    run_suite(session, "-W", "ignore:In the future")
+    run_suite(
+        session,
+        # What these versions say of newer ones of NumPy.
+        "-W",
+        "ignore:In the future",
+        # The checkpoint of the example with BERT is read by newer KerasHubs.
+        "--ignore=tests/test_examples.py",
+    )
 
 
 @nox.session
