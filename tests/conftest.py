@@ -1,3 +1,10 @@
+import contextlib
+
+# The build of PyTorch with CUDA brings Triton, which crashes the process where
+# it is imported after TensorFlow.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
+
 import keras
 import numpy as np
 import pytest
