@@ -153,11 +153,11 @@ def paired(runs, lora):
 
 
 def gap(runs, lora, quadruple):
-    """`(LoRA_r - method) / (LoRA_r - LoRA_4r)`, where there is a gap."""
-    whole = differences(quadruple, lora).mean()
-    if whole > -SMALLEST_GAP:
+    """`(LoRA_r - method) / (LoRA_r - LoRA_4r)`, where 4r is better."""
+    whole = differences(quadruple, lora)
+    if verdict(whole) != "better" or whole.mean() > -SMALLEST_GAP:
         return ""
-    return f"{differences(runs, lora).mean() / whole:.2f}"
+    return f"{differences(runs, lora).mean() / whole.mean():.2f}"
 
 
 def after_a_quarter(record):
@@ -185,7 +185,7 @@ def plot(task, cells, path):
     ranks = collections.defaultdict(list)
     for rank, method in sorted(cells):
         ranks[method].append(rank)
-    for method in PLOTTED:
+    for method in filter(ranks.__contains__, PLOTTED):
         losses = [
             np.mean([r["test_loss"] for r in cells[rank, method].values()])
             for rank in ranks[method]
