@@ -651,7 +651,7 @@ CONVOLUTIONAL = {
     "XceptionBackbone",
 }
 
-# Minutes: run where the table is written.
+# Long: run where the table is written.
 SLOW = {"DFineBackbone"}
 SLOW_ON_JAX = {
     "BLIP2Backbone",
@@ -660,6 +660,8 @@ SLOW_ON_JAX = {
     "Qwen3_5Backbone",
     "Qwen3_5MoeBackbone",
     "SAM3PromptableConceptBackbone",
+    "SAMBackbone",
+    "SegFormerBackbone",
     "StableDiffusion3Backbone",
     "VideoPrismBackbone",
 }
