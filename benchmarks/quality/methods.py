@@ -13,6 +13,7 @@ import keras_srlora
 from keras_srlora import Recipe
 from keras_srlora import _slots
 from keras_srlora._recipes import RECIPES
+from keras_srlora._recipes import zero_slots
 
 
 def full(model, targets, rank):
@@ -124,12 +125,14 @@ class Budget(keras.callbacks.Callback):
         inner = optimizer.unwrap()
         slots, _ = _slots.find_slots(inner, self.model.trainable_variables)
         for layer, alive in zip(self.layers, self.alive):
+            pruned = _slots.row_mask(layer.rank, list(np.flatnonzero(~alive)))
             # Both factors and their moments at zero: no gradient either.
             for factor in layer.factors:
-                states = [slot for _, slot in slots[id(factor)]]
-                for variable in [factor, *states]:
-                    value = keras.ops.convert_to_numpy(variable)
-                    variable.assign(value * alive[:, None])
+                value = keras.ops.convert_to_tensor(factor)
+                factor.assign(keras.ops.where(pruned, 0.0, value))
+                _slots.restart_slots(
+                    slots[id(factor)], factor, pruned, zero_slots
+                )
 
 
 def srlora(recipe, directions=8):
