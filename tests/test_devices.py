@@ -53,7 +53,7 @@ def run(engine, folder, ports=(), index=0):
 
 def output_of(child, returncode=0):
     try:
-        output, _ = child.communicate(timeout=300)
+        output, _ = child.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         # It may wait for another one that failed.
         child.kill()

@@ -61,6 +61,13 @@ def test_a_probe_that_brings_nothing_is_the_last():
     assert gate.read_at == min(found) + 240
 
 
+def test_a_loss_that_goes_on_at_its_pace_does_not_speak_for_the_probe():
+    """It falls by 1.5 % from window to window, whatever is recomposed."""
+    found, gate = answers(lambda step, _: first(step) * np.exp(-step / 5300))
+    assert list(found.values()) == ["recompose"]
+    assert gate.phase == _gate.STOPPED
+
+
 def test_the_gate_closes_when_the_loss_falls_no_more():
     def loss(step, found):
         probed = min(found, default=step)
