@@ -126,8 +126,8 @@ def digits():
     )
 
 
-# An autoencoder pretrained on clothes, adapted to digits: no new head, and a loss
-# that goes on falling with the rank.
+# An autoencoder pretrained on clothes, adapted to digits: no new head, and a
+# loss that goes on falling with the rank.
 
 AUTOENCODER = {
     "encode_1": 256,
