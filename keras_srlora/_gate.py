@@ -16,8 +16,8 @@ WAITING, PROBING, GOING, STOPPED = range(4)
 WINDOW = 0.1
 POINTS = 8
 # The loss is flat where it fell by less than 2 % from window to window, and a
-# recomposition pays where it then falls by 1 % more than it would have at that
-# pace, each by more than a standard error; within three windows.
+# recomposition pays where it then falls by more than 1 %, each by more than
+# a standard error; within three windows.
 FLAT = 0.02
 PAYS = 0.01
 PATIENCE = 3
@@ -40,8 +40,6 @@ class FlatLoss:
         first: the first loss; 0 before.
         base: the loss to compare with, since then.
         variance: of the mean that `base` is.
-        pace: by which part it fell from window to window before the probe; 0
-            once a recomposition has paid.
         points: list of `(sum of losses, count)`, the last windows.
     """
 
@@ -52,7 +50,6 @@ class FlatLoss:
     first: float = 0.0
     base: float = 0.0
     variance: float = 0.0
-    pace: float = 0.0
     points: list = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -96,7 +93,7 @@ class FlatLoss:
             has paid, else `None`.
         """
         self.read_at = step
-        if count <= 0:
+        if self.phase == STOPPED or count <= 0:
             return None
         self.points = [*self.points, (total, count)][-2 * POINTS :]
         self.first = self.first or total / count
@@ -122,7 +119,6 @@ class FlatLoss:
         if not learnt or not max(error, fall + error) < FLAT:
             return None
         self._begin(step, mean, variance)
-        self.pace = max(fall, 0.0)
         self.phase = PROBING
         # The probe is judged by the losses after it.
         self.points = []
@@ -130,11 +126,9 @@ class FlatLoss:
 
     def _compare(self, step, mean, variance):
         fall, error = _fall((self.base, self.variance), (mean, variance))
-        by_itself = self.pace * (step - self.since) / self.window
-        if fall - error > PAYS + by_itself:
+        if fall - error > PAYS:
             was = self.phase
             self._begin(step, mean, variance)
-            self.pace = 0.0
             self.phase = GOING
             return "go" if was == PROBING else None
         if step - self.since >= PATIENCE * self.window:
@@ -152,8 +146,8 @@ class FlatLoss:
     @classmethod
     def from_array(cls, array):
         """The inverse of `to_array`."""
-        window, phase, read_at, since, *numbers = array[:8].tolist()
-        points = [tuple(pair) for pair in array[8:].reshape(-1, 2).tolist()]
+        window, phase, read_at, since, *numbers = array[:7].tolist()
+        points = [tuple(pair) for pair in array[7:].reshape(-1, 2).tolist()]
         return cls(*map(int, (window, phase, read_at, since)), *numbers, points)
 
 

@@ -367,9 +367,9 @@ def rotten_tomatoes():
         length=32,
         layers=6,
         epochs=1,
-        train=4800,
-        validation=1200,
-        test=2500,
+        train=2400,
+        validation=800,
+        test=2000,
     )
 
 
@@ -398,12 +398,12 @@ def newsgroups():
         texts,
         labels,
         classes=20,
-        length=48,
+        length=32,
         layers=3,
         epochs=1,
-        train=6400,
-        validation=1600,
-        test=3200,
+        train=3200,
+        validation=800,
+        test=2000,
     )
 
 
