@@ -39,6 +39,7 @@ def main():
     tasks = {
         path.stem: chosen_runs(run.read(path))
         for path in sorted(RESULTS.glob("*.jsonl"))
+        if path.stat().st_size
     }
     tables.append(summary(tasks))
     for task, cells in tasks.items():
