@@ -16,8 +16,8 @@ WAITING, PROBING, GOING, STOPPED = range(4)
 WINDOW = 0.1
 POINTS = 8
 # The loss is flat where it fell by less than 2 % from window to window, and a
-# recomposition pays where it then falls by more than 1 %, each by more than
-# a standard error; within three windows.
+# recomposition pays where it then falls by 1 % more than it would have anyway,
+# each by more than a standard error; within three windows.
 FLAT = 0.02
 PAYS = 0.01
 PATIENCE = 3
@@ -30,7 +30,8 @@ class FlatLoss:
     """Decides when a run starts to recompose, and whether it goes on.
 
     It waits for a loss that is flat, lets one recomposition probe, goes on
-    while the loss falls, and stops where it does not.
+    while the loss falls, and stops where it does not. Where the loss falls no
+    faster after the probe than before it, it waits again.
 
     Attributes:
         window: steps of a window.
@@ -40,6 +41,8 @@ class FlatLoss:
         first: the first loss; 0 before.
         base: the loss to compare with, since then.
         variance: of the mean that `base` is.
+        before: the loss a window before the probe.
+        before_variance: of the mean that `before` is.
         points: list of `(sum of losses, count)`, the last windows.
     """
 
@@ -50,6 +53,8 @@ class FlatLoss:
     first: float = 0.0
     base: float = 0.0
     variance: float = 0.0
+    before: float = 0.0
+    before_variance: float = 0.0
     points: list = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -112,28 +117,44 @@ class FlatLoss:
     def _wait(self, step, mean, variance):
         if len(self.points) < 2 * POINTS:
             return None
-        fall, error = _fall(_mean(self.points[:POINTS]), (mean, variance))
+        before = _mean(self.points[:POINTS])
+        fall, error = _fall(before, (mean, variance))
         # Where the noise alone is as large, nothing is known; and a loss that
         # never fell is that of a run that has not begun to learn.
         learnt = mean < (1 - PAYS) * self.first
         if not learnt or not max(error, fall + error) < FLAT:
             return None
         self._begin(step, mean, variance)
+        self.before, self.before_variance = before
         self.phase = PROBING
         # The probe is judged by the losses after it.
         self.points = []
         return "recompose"
 
     def _compare(self, step, mean, variance):
-        fall, error = _fall((self.base, self.variance), (mean, variance))
-        if fall - error > PAYS:
-            was = self.phase
+        windows = (step - self.since) / self.window
+        probing = self.phase == PROBING
+        expected = self._at_its_pace(windows if probing else 0.0)
+        gain, error = _fall(expected, (mean, variance))
+        if gain - error > PAYS:
             self._begin(step, mean, variance)
             self.phase = GOING
-            return "go" if was == PROBING else None
-        if step - self.since >= PATIENCE * self.window:
-            self.phase = STOPPED
+            return "go" if probing else None
+        if windows >= PATIENCE:
+            # A loss that falls, but no faster, says nothing about the rank.
+            fall, error = _fall((self.base, self.variance), (mean, variance))
+            self.phase = WAITING if fall - error > PAYS else STOPPED
         return None
+
+    def _at_its_pace(self, windows):
+        """The loss that many windows after the probe, had there been none.
+
+        On the line through the two windows before it: mean and variance.
+        """
+        fall = max(0.0, self.before - self.base)
+        mean = self.base - windows * fall
+        of_base = (1 + windows) ** 2 * self.variance
+        return mean, of_base + windows**2 * self.before_variance
 
     def _begin(self, step, mean, variance):
         self.since, self.base, self.variance = step, mean, variance
@@ -146,8 +167,8 @@ class FlatLoss:
     @classmethod
     def from_array(cls, array):
         """The inverse of `to_array`."""
-        window, phase, read_at, since, *numbers = array[:7].tolist()
-        points = [tuple(pair) for pair in array[7:].reshape(-1, 2).tolist()]
+        window, phase, read_at, since, *numbers = array[:9].tolist()
+        points = [tuple(pair) for pair in array[9:].reshape(-1, 2).tolist()]
         return cls(*map(int, (window, phase, read_at, since)), *numbers, points)
 
 

@@ -61,6 +61,48 @@ def test_a_probe_that_brings_nothing_is_the_last():
     assert gate.read_at == min(found) + 240
 
 
+def slow(step):
+    """A hundredth lower with each window, probe or not."""
+    return first(step) * np.exp(-step / 8000)
+
+
+def test_a_loss_that_falls_at_its_own_pace_does_not_open_the_gate():
+    found, gate = answers(lambda step, _: slow(step))
+    # After three windows it may be flat again.
+    assert set(found.values()) == {"recompose"} and len(found) == 3
+    assert min(np.diff(list(found))) >= 240
+    assert gate.phase != _gate.STOPPED
+
+
+@pytest.mark.parametrize("probes", [1, 2])
+def test_a_loss_that_falls_faster_after_a_probe_opens_it(probes):
+    def loss(step, found):
+        probed = list(found)[probes - 1] if len(found) >= probes else step
+        return slow(step) * (1 - 0.001 * (step - probed))
+
+    found, gate = answers(loss)
+    assert list(found.values()) == probes * ["recompose"] + ["go"]
+    assert gate.is_open
+
+
+def test_the_pace_is_a_line_through_two_windows(rng):
+    """By a fit of NumPy to many draws of the two."""
+    gate = FlatLoss(80, base=0.99, variance=4e-4, before=1.0)
+    gate.before_variance = 1e-4
+    draws = rng.normal([[1.0], [0.99]], [[0.01], [0.02]], (2, 20_000))
+    lines = np.polyfit([-1, 0], draws, 1)
+    for windows in (1.0, 2.5):
+        expected = lines[0] * windows + lines[1]
+        mean, variance = gate._at_its_pace(windows)
+        # Of 20,000 draws: four standard errors, of each.
+        spread = expected.std() / 20_000**0.5
+        assert abs(mean - expected.mean()) < 4 * spread
+        np.testing.assert_allclose(variance, expected.var(), rtol=0.04)
+    # A loss that rose is not expected to go on rising.
+    gate.before = 0.9
+    assert gate._at_its_pace(2.0)[0] == 0.99
+
+
 def test_the_gate_closes_when_the_loss_falls_no_more():
     def loss(step, found):
         probed = min(found, default=step)
