@@ -176,8 +176,8 @@ class Recipe:
         schedule: when. `"evenly"` over the run.
         gate: `"none"`, or `"flat_loss"`: nothing is recomposed while the
             training loss falls. Where it is flat, one recomposition probes; the
-            others follow, by the schedule, if the loss then falls, and as long
-            as it does.
+            others follow, by the schedule, if the loss then falls faster than
+            before, and as long as it falls.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
         steps_per_pair: int. Least number of steps that a pair is trained

@@ -32,9 +32,9 @@ class RecompositionCallback(keras.callbacks.Callback):
     Without arguments it follows the recipe of the layers. The default recipe,
     `"adaptive"`, recomposes nothing while the training loss falls: the run is
     plain LoRA, and cannot be worse. Where the loss is flat, one recomposition
-    probes whether the rank is what limits the run; if the loss then falls,
-    recompositions are spread evenly over what is left, so that each layer
-    visits `target_rank` directions if the run is long enough for it.
+    probes whether the rank is what limits the run; if the loss then falls
+    faster, recompositions are spread evenly over what is left, so that each
+    layer visits `target_rank` directions if the run is long enough for it.
 
     Expect a gain where the update that a task needs has a higher rank than the
     adapter and the run is long enough for the loss to become flat; expect what
