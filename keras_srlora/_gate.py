@@ -15,10 +15,13 @@ WAITING, PROBING, GOING, STOPPED = range(4)
 # A window is a tenth of the run, and is read in eight parts.
 WINDOW = 0.1
 POINTS = 8
-# The loss is flat where it fell by less than 2 % from window to window, and a
-# recomposition pays where it then falls by 1 % more than it would have anyway,
-# each by more than a standard error; within three windows.
+# The loss is flat where from window to window it falls by less than 2 % of
+# itself, and by less than a twentieth of what it has fallen so far, a standard
+# error included. The second says it of losses that never come near zero.
 FLAT = 0.02
+SETTLED = 0.05
+# A recomposition pays where the loss then falls by 1 % more than it would have
+# anyway, by more than a standard error, within three windows.
 PAYS = 0.01
 PATIENCE = 3
 # Nothing is left to learn at a thousandth of the first loss.
@@ -43,7 +46,7 @@ class FlatLoss:
         variance: of the mean that `base` is.
         before: the loss a window before the probe.
         before_variance: of the mean that `before` is.
-        points: list of `(sum of losses, count)`, the last windows.
+        points: list of `(sum of losses, count)`, the last four windows.
     """
 
     window: int
@@ -100,7 +103,7 @@ class FlatLoss:
         self.read_at = step
         if self.phase == STOPPED or count <= 0:
             return None
-        self.points = [*self.points, (total, count)][-2 * POINTS :]
+        self.points = [*self.points, (total, count)][-4 * POINTS :]
         self.first = self.first or total / count
         if len(self.points) < POINTS:
             return None
@@ -115,21 +118,34 @@ class FlatLoss:
         return None
 
     def _wait(self, step, mean, variance):
-        if len(self.points) < 2 * POINTS:
+        learnt = self.first - mean
+        # A loss that never fell is that of a run that has not begun to learn.
+        if learnt < PAYS * self.first:
             return None
-        before = _mean(self.points[:POINTS])
-        fall, error = _fall(before, (mean, variance))
-        # Where the noise alone is as large, nothing is known; and a loss that
-        # never fell is that of a run that has not begun to learn.
-        learnt = mean < (1 - PAYS) * self.first
-        if not learnt or not max(error, fall + error) < FLAT:
+        limit = min(FLAT * mean, SETTLED * learnt)
+        if not any(self._falls_less(limit, span) for span in (1, 2)):
             return None
+        before = _mean(self.points[-2 * POINTS : -POINTS])
         self._begin(step, mean, variance)
         self.before, self.before_variance = before
         self.phase = PROBING
         # The probe is judged by the losses after it.
         self.points = []
         return "recompose"
+
+    def _falls_less(self, limit, span):
+        """Whether the loss falls by less than `limit` in a window.
+
+        By the last two spans of so many windows: the longer, the less noise.
+        Where the noise alone is as large as the limit, nothing is known.
+        """
+        count = span * POINTS
+        if len(self.points) < 2 * count:
+            return False
+        before = _mean(self.points[-2 * count : -count])
+        after = _mean(self.points[-count:])
+        fall = max(0.0, before[0] - after[0])
+        return fall + math.sqrt(before[1] + after[1]) < span * limit
 
     def _compare(self, step, mean, variance):
         windows = (step - self.since) / self.window

@@ -123,6 +123,24 @@ def test_a_loss_that_is_noise_is_not_taken_for_flat():
     assert found == {}
 
 
+def test_a_longer_look_sees_through_noise():
+    """Noise of 8 % a reading: two windows are too few, and four are enough."""
+    found, _ = answers(lambda step, _: first(step), noise=0.08)
+    assert 320 <= min(found) and found[min(found)] == "recompose"
+
+
+@pytest.mark.parametrize("floor", [0.0, 10.0])
+def test_a_floor_below_the_loss_does_not_make_it_flat(floor):
+    """Of what there is to learn, an eighth is learnt in each window."""
+    found, _ = answers(lambda step, _: floor + np.exp(-step / 600))
+    assert found == {}
+    # With a twentieth it is flat, in time.
+    found, _ = answers(
+        lambda step, _: floor + first(step) + np.exp(-step / 200)
+    )
+    assert min(found) > 200
+
+
 def test_a_run_that_has_not_begun_to_learn_is_not_flat():
     """A learning rate that warms up; `b` that is still small."""
     found, gate = answers(lambda step, _: 1.0)
