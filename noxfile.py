@@ -29,6 +29,14 @@ QUIET = {
     "NO_MKDOCS_2_WARNING": "1",
 }
 
+# The suite has a process for each core: more threads would only wait for each
+# other. JAX has no such variable.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+}
+
 
 @nox.session
 def quickstart(session):
@@ -106,7 +114,7 @@ def run_suite(session, *options):
                 "loadfile",
                 *options,
                 *session.posargs,
-                env=environment(backend),
+                env=ONE_THREAD | environment(backend),
             )
         except CommandFailed:
             failed.append(backend)

@@ -242,7 +242,7 @@ def test_an_epoch_of_a_single_step_is_read_at_its_end():
     model.fit(
         *teacher_data(),
         batch_size=2048,
-        epochs=600,
+        epochs=300,
         verbose=0,
         callbacks=[callback],
     )
