@@ -144,22 +144,23 @@ class FlatLoss:
             return False
         before = _mean(self.points[-2 * count : -count])
         after = _mean(self.points[-count:])
-        fall = max(0.0, before[0] - after[0])
-        return fall + math.sqrt(before[1] + after[1]) < span * limit
+        fall, error = _fall(before, after)
+        return max(0.0, fall) + error < span * limit
 
     def _compare(self, step, mean, variance):
         windows = (step - self.since) / self.window
         probing = self.phase == PROBING
         expected = self._at_its_pace(windows if probing else 0.0)
         gain, error = _fall(expected, (mean, variance))
-        if gain - error > PAYS:
+        if gain - error > PAYS * abs(expected[0]):
             self._begin(step, mean, variance)
             self.phase = GOING
             return "go" if probing else None
         if windows >= PATIENCE:
             # A loss that falls, but no faster, says nothing about the rank.
             fall, error = _fall((self.base, self.variance), (mean, variance))
-            self.phase = WAITING if fall - error > PAYS else STOPPED
+            falls = fall - error > PAYS * abs(self.base)
+            self.phase = WAITING if falls else STOPPED
         return None
 
     def _at_its_pace(self, windows):
@@ -197,7 +198,5 @@ def _mean(points):
 
 
 def _fall(before, after):
-    """By which part the loss fell, and the standard error of that."""
-    size = abs(before[0]) or 1.0
-    fall = (before[0] - after[0]) / size
-    return fall, math.sqrt(before[1] + after[1]) / size
+    """By how much the loss fell, and the standard error of that."""
+    return before[0] - after[0], math.sqrt(before[1] + after[1])

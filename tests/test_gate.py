@@ -117,6 +117,18 @@ def test_the_gate_closes_when_the_loss_falls_no_more():
         assert gate.phase == _gate.STOPPED
 
 
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_the_unit_of_the_loss_does_not_matter(unit):
+    def loss(step, found):
+        # The first probe brings nothing: all phases but the last are passed.
+        probed = list(found)[1] if len(found) > 1 else step
+        return slow(step) * (1 - 0.001 * (step - probed))
+
+    expected, _ = answers(loss, noise=0.005)
+    found, _ = answers(lambda *args: unit * loss(*args), noise=0.005)
+    assert found == expected and "go" in found.values()
+
+
 def test_a_loss_that_is_noise_is_not_taken_for_flat():
     """Where a fall could hide in the noise, the run stays as it is."""
     found, _ = answers(lambda step, _: first(step), noise=0.2)
