@@ -100,8 +100,30 @@ class DirectionsFile:
                 tensors, entries = self._everything()
         # Closed: not every system replaces a file that is open.
         if error is None and self._new:
+            message = self._keep(tensors, entries)
+            if message:
+                warnings.warn(message, stacklevel=3)
+
+    def _keep(self, tensors, entries):
+        """Writes the file; returns what there is to say about it."""
+        try:
             _write(self._path, tensors, entries)
-            self._say_what_was_missing()
+        except OSError as failure:
+            # Nothing is lost but the time of the next run.
+            return (
+                f"{str(self._path)!r} was not written ({failure}). The "
+                f"{len(self._new)} kernels that it was to keep are decomposed "
+                "all the same, and will be again in the next run."
+            )
+        if not self._saved:
+            return None
+        return (
+            f"{str(self._path)!r} held no directions that fit "
+            f"{len(self._new)} of {self._wanted} kernels, such as that of "
+            f"layer {next(iter(self._new))!r}: none, fewer, of another "
+            "kernel or found by another method. They were decomposed, and "
+            "the file was written again."
+        )
 
     def _everything(self):
         """What is in the file, and what was decomposed in its place."""
@@ -118,17 +140,6 @@ class DirectionsFile:
         for path, (_, directions) in self._new.items():
             tensors.update(zip(_names(path), directions))
         return tensors, entries
-
-    def _say_what_was_missing(self):
-        if self._saved:
-            warnings.warn(
-                f"{str(self._path)!r} held no directions that fit "
-                f"{len(self._new)} of {self._wanted} kernels, such as that of "
-                f"layer {next(iter(self._new))!r}: none, fewer, of another "
-                "kernel or found by another method. They were decomposed, and "
-                "the file was written again.",
-                stacklevel=4,
-            )
 
 
 class _Entry(NamedTuple):
