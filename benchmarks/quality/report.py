@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = run.HERE / "results"
+PAGE = run.HERE.parents[1] / "docs" / "recipes.md"
 VERDICTS = ("better", "level", "worse")
 SUMMARISED = (
     "adaptive",
@@ -32,9 +33,36 @@ SUMMARISED = (
 PLOTTED = ("lora", "lora_4r", "pissa", "paper", "lora_restarts", "adaptive")
 SMALLEST_GAP = 1e-3  # of losses that begin near 1
 
+# The tables of the documentation.
+TITLES = {
+    "teacher_rank_48": "teacher, flat update of rank 48",
+    "teacher_rank_12": "teacher, flat update of rank 12",
+    "teacher_rank_4": "teacher, flat update of rank 4",
+    "teacher_power_law": "teacher, power law",
+    "autoencoder_digits": "autoencoder, clothes to digits",
+    "digits": "MLP, clothes to digits",
+    "vit_digits": "ViT, clothes to digits",
+    "bbc": "MiniLM, BBC News",
+    "newsgroups": "MiniLM, newsgroups",
+    "rotten_tomatoes": "MiniLM, Rotten Tomatoes",
+    "masked_newsgroups": "MiniLM, masked tokens of newsgroups",
+}
+HEADINGS = {
+    "lora": "LoRA",
+    "lora_4r": "LoRA, 4 × rank",
+    "pissa": "PiSSA",
+    "paper": "`paper`",
+    "lora_restarts": "`lora_restarts`",
+    "adaptive": "`adaptive`",
+}
+CURVE = (1, 2, 4, 8, 16, 32, 64)
+
 
 def main():
-    """Reads `results/*.jsonl`, writes `results/tables.md` and the pictures."""
+    """Reads `results/*.jsonl`, writes `results/tables.md` and the pictures.
+
+    And the two tables of `docs/recipes.md`.
+    """
     tables = ["# Results\n", "Written by `report.py`.\n"]
     tasks = {
         path.stem: chosen_runs(run.read(path))
@@ -46,6 +74,8 @@ def main():
         tables.append(table(task, cells))
         plot(task, cells, RESULTS / f"{task}.png")
     (RESULTS / "tables.md").write_text("\n".join(tables), encoding="utf-8")
+    fill_in(PAGE, "figures", figures(tasks))
+    fill_in(PAGE, "curve", curve(tasks))
 
 
 def chosen_runs(done):
@@ -109,20 +139,19 @@ def table(task, cells):
         "|---" * 12 + "|",
     ]
 
-    def test_loss(key):
-        return np.mean([r["test_loss"] for r in cells[key].values()])
+    def order(key):
+        return key[0], test_loss(cells[key])
 
-    for rank, method in sorted(cells, key=lambda k: (k[0], test_loss(k))):
+    for rank, method in sorted(cells, key=order):
         runs = cells[rank, method]
         records = list(runs.values())
         lora = cells.get((rank, "lora"))
-        # The same runs by another name.
-        quadruple = cells.get((rank, "lora_4r"), cells.get((4 * rank, "lora")))
+        quadruple = method_of(cells, rank, "lora_4r")
         accuracy = [r["test_accuracy"] for r in records if "test_accuracy" in r]
         lines.append(
             f"| {rank} | `{method}` | {records[0]['rate']:g} | "
             f"{np.mean([r['train_loss'] for r in records]):.4f} | "
-            f"{test_loss((rank, method)):.4f} | "
+            f"{test_loss(runs):.4f} | "
             f"{paired(runs, lora) if lora and method != 'lora' else ''} | "
             f"{gap(runs, lora, quadruple) if lora and quadruple else ''} | "
             f"{f'{np.mean(accuracy):.4f}' if accuracy else ''} | "
@@ -131,6 +160,69 @@ def table(task, cells):
             f"{steps_to(runs, lora) if lora else ''} | {len(runs)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def figures(tasks):
+    """Of each task and rank, the test losses, and what became of the default.
+
+    Where a method has fewer than 3 seeds, none.
+    """
+    lines = [
+        f"| task | rank | {' | '.join(HEADINGS.values())} | to LoRA |",
+        "|---" * (len(HEADINGS) + 3) + "|",
+    ]
+    for task, title in TITLES.items():
+        cells = tasks[task]
+        for rank in sorted(r for r, method in cells if method == "adaptive"):
+            found = [method_of(cells, rank, method) for method in HEADINGS]
+            to_lora = verdict(
+                differences(cells[rank, "adaptive"], cells[rank, "lora"])
+            )
+            to_lora = f"**{to_lora}**" if to_lora != "level" else to_lora
+            row = [title, str(rank), *map(shown, found), to_lora]
+            lines.append(f"| {' | '.join(row)} |")
+            title = ""
+    return "\n".join(lines)
+
+
+def curve(tasks):
+    """How LoRA's test loss depends on its rank."""
+    lines = [
+        f"| task | {' | '.join(map(str, CURVE))} |",
+        "|---" * (len(CURVE) + 1) + "|",
+    ]
+    for task, title in TITLES.items():
+        found = [method_of(tasks[task], rank, "lora") for rank in CURVE]
+        lines.append(f"| {title} | {' | '.join(map(shown, found))} |")
+    return "\n".join(lines)
+
+
+def method_of(cells, rank, method):
+    """The runs of a method; those of LoRA may go by two names."""
+    other = {"lora": (rank / 4, "lora_4r"), "lora_4r": (4 * rank, "lora")}
+    return cells.get((rank, method)) or cells.get(other.get(method))
+
+
+def shown(runs):
+    """The test loss for a table; a dash for fewer than 3 seeds."""
+    return f"{test_loss(runs):.4f}" if runs and len(runs) > 2 else "–"
+
+
+def fill_in(path, name, text):
+    """Replaces what stands between the two marks of a name."""
+    page = path.read_text(encoding="utf-8")
+    before, rest = page.split(f"<!-- {name}: begin -->")
+    _, after = rest.split(f"<!-- {name}: end -->")
+    path.write_text(
+        f"{before}<!-- {name}: begin -->\n\n{text}\n\n"
+        f"<!-- {name}: end -->{after}",
+        encoding="utf-8",
+    )
+
+
+def test_loss(runs):
+    """The mean over the seeds."""
+    return np.mean([record["test_loss"] for record in runs.values()])
 
 
 def differences(runs, others):
@@ -187,10 +279,7 @@ def plot(task, cells, path):
     for rank, method in sorted(cells):
         ranks[method].append(rank)
     for method in filter(ranks.__contains__, PLOTTED):
-        losses = [
-            np.mean([r["test_loss"] for r in cells[rank, method].values()])
-            for rank in ranks[method]
-        ]
+        losses = [test_loss(cells[rank, method]) for rank in ranks[method]]
         axes.plot(ranks[method], losses, marker="o", label=method)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
