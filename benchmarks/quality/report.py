@@ -11,6 +11,7 @@ that the method closes.
 import collections
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import run
 from scipy import stats
@@ -56,6 +57,7 @@ HEADINGS = {
     "adaptive": "`adaptive`",
 }
 CURVE = (1, 2, 4, 8, 16, 32, 64)
+PLAIN = matplotlib.ticker.FormatStrFormatter("%g")
 
 
 def main():
@@ -278,11 +280,28 @@ def plot(task, cells, path):
     ranks = collections.defaultdict(list)
     for rank, method in sorted(cells):
         ranks[method].append(rank)
-    for method in filter(ranks.__contains__, PLOTTED):
+    for index, method in enumerate(PLOTTED):
+        if method not in ranks:
+            continue
         losses = [test_loss(cells[rank, method]) for rank in ranks[method]]
-        axes.plot(ranks[method], losses, marker="o", label=method)
+        # Dashed: where it is level the default lies on LoRA's line.
+        line = "--" if method == "adaptive" else "-"
+        axes.plot(
+            ranks[method],
+            losses,
+            line,
+            marker="o",
+            color=f"C{index}",
+            label=method,
+        )
     axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({rank for rank, _ in cells}))
     axes.set_yscale("log")
+    # 0.25 and 4, not 2.5 x 10^-1 and 2^2.
+    axes.xaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN)
+    if max(axes.get_ylim()) < 10 * min(axes.get_ylim()):
+        axes.yaxis.set_minor_formatter(PLAIN)
     axes.set_xlabel("rank")
     axes.set_ylabel("loss on the test split")
     axes.set_title(task, loc="left")
