@@ -1,21 +1,48 @@
-"""How the laboratory chooses learning rates: no figure is better than that."""
+"""How the laboratory chooses learning rates: no figure is better than that.
+
+And whether the figures of the documentation are those of its results.
+"""
 
 import argparse
 import importlib.util
 import pathlib
+import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks" / "quality"
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks" / "quality"
 CELL = ("digits", "lora", 4)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def run():
-    spec = importlib.util.spec_from_file_location("run", FOLDER / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("run")
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "run", run)
+        return load("report")
+
+
+@pytest.fixture(scope="module")
+def tasks(run, report):
+    """The chosen runs of each task that the documentation shows."""
+    return {
+        task: report.chosen_runs(run.read(FOLDER / "results" / f"{task}.jsonl"))
+        for task in report.TITLES
+    }
 
 
 def results(**losses):
@@ -63,3 +90,27 @@ def test_another_rank_starts_around_its_neighbours_best(run):
     arguments = argparse.Namespace(rates=None, seeds=2)
     jobs = run.missing(done, [("digits", "lora", 8)], arguments)
     assert sorted({job[3] for job in jobs}) == [0.003, 0.01, 0.03]
+
+
+def test_the_documentation_shows_the_results(report, tasks):
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert report.figures(tasks) in page
+    assert report.curve(tasks) in page
+
+
+@pytest.mark.parametrize(
+    "method", ["adaptive", "lora_restarts", "paper", "pissa"]
+)
+def test_the_readme_counts_the_cells(method, report, tasks):
+    _, rows = report.summary(tasks).split("|---" * 6 + "|")
+    row = next(x for x in rows.splitlines() if f"`{method}` | `lora`" in x)
+    cells, *counts = row.split("|")[3:7]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Over{cells}cells of task and rank" in readme
+    name = "PiSSA" if method == "pissa" else f'"{method}"'
+    line = next(
+        x
+        for x in readme.splitlines()
+        if x.startswith(("| SRLoRA", "| PiSSA")) and name in x
+    )
+    assert line.split("|")[2:5] == counts
