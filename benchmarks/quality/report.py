@@ -33,6 +33,21 @@ SUMMARISED = (
 )
 PLOTTED = ("lora", "lora_4r", "pissa", "paper", "lora_restarts", "adaptive")
 SMALLEST_GAP = 1e-3  # of losses that begin near 1
+FEWEST_SEEDS = 3  # that an interval, or a figure of the documentation, needs
+COLUMNS = (
+    "rank",
+    "method",
+    "learning rate",
+    "training loss",
+    "test loss",
+    "to LoRA, paired",
+    "of the gap to 4r",
+    "accuracy",
+    "recompositions",
+    "training loss after a quarter",
+    "steps to LoRA's",
+    "seeds",
+)
 
 # The tables of the documentation.
 TITLES = {
@@ -93,12 +108,7 @@ def chosen_runs(done):
 
 def summary(tasks):
     """In how many cells a method beats LoRA and PiSSA of the same rank."""
-    lines = [
-        "## All cells of at least 3 seeds\n",
-        "Better, worse: by the 95 % interval of the paired difference.\n",
-        "| method | rival | cells | better | level | worse |",
-        "|---" * 6 + "|",
-    ]
+    rows = [["method", "rival", "cells", *VERDICTS]]
     for method in SUMMARISED:
         for rival in ("lora", "pissa"):
             counts = collections.Counter(
@@ -109,17 +119,20 @@ def summary(tasks):
             )
             del counts[None]
             if method != rival and counts:
-                lines.append(
-                    f"| `{method}` | `{rival}` | {counts.total()} | "
-                    + " | ".join(str(counts[x]) for x in VERDICTS)
-                    + " |"
+                rows.append(
+                    [f"`{method}`", f"`{rival}`", counts.total()]
+                    + [counts[x] for x in VERDICTS]
                 )
-    return "\n".join(lines) + "\n"
+    return (
+        f"## All cells of at least {FEWEST_SEEDS} seeds\n\n"
+        "Better, worse: by the 95 % interval of the paired difference.\n\n"
+        f"{markdown(rows)}\n"
+    )
 
 
 def verdict(found):
-    """What the differences of some seeds say; `None` for fewer than 3."""
-    if len(found) < 3:
+    """What the differences of some seeds say; `None` for too few."""
+    if len(found) < FEWEST_SEEDS:
         return None
     mean, half = interval(found)
     return VERDICTS[1 if abs(mean) <= half else 0 if mean < 0 else 2]
@@ -133,16 +146,11 @@ def interval(found):
 
 def table(task, cells):
     """A Markdown table, the best method of each rank first."""
-    lines = [
-        f"## {task}\n",
-        "| rank | method | learning rate | training loss | test loss | "
-        "to LoRA, paired | of the gap to 4r | accuracy | recompositions | "
-        "training loss after a quarter | steps to LoRA's | seeds |",
-        "|---" * 12 + "|",
-    ]
+    rows = [COLUMNS]
 
     def order(key):
-        return key[0], test_loss(cells[key])
+        rank, method = key
+        return rank, test_loss(cells[key]), method
 
     for rank, method in sorted(cells, key=order):
         runs = cells[rank, method]
@@ -150,29 +158,31 @@ def table(task, cells):
         lora = cells.get((rank, "lora"))
         quadruple = method_of(cells, rank, "lora_4r")
         accuracy = [r["test_accuracy"] for r in records if "test_accuracy" in r]
-        lines.append(
-            f"| {rank} | `{method}` | {records[0]['rate']:g} | "
-            f"{np.mean([r['train_loss'] for r in records]):.4f} | "
-            f"{test_loss(runs):.4f} | "
-            f"{paired(runs, lora) if lora and method != 'lora' else ''} | "
-            f"{gap(runs, lora, quadruple) if lora and quadruple else ''} | "
-            f"{f'{np.mean(accuracy):.4f}' if accuracy else ''} | "
-            f"{records[0]['recompositions']} | "
-            f"{np.mean([after_a_quarter(r) for r in records]):.4f} | "
-            f"{steps_to(runs, lora) if lora else ''} | {len(runs)} |"
+        rows.append(
+            [
+                rank,
+                f"`{method}`",
+                f"{records[0]['rate']:g}",
+                f"{np.mean([r['train_loss'] for r in records]):.4f}",
+                f"{test_loss(runs):.4f}",
+                paired(runs, lora) if lora and method != "lora" else "",
+                gap(runs, lora, quadruple) if lora and quadruple else "",
+                f"{np.mean(accuracy):.4f}" if accuracy else "",
+                records[0]["recompositions"],
+                f"{np.mean([after_a_quarter(r) for r in records]):.4f}",
+                steps_to(runs, lora) if lora else "",
+                len(runs),
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return f"## {task}\n\n{markdown(rows)}\n"
 
 
 def figures(tasks):
     """Of each task and rank, the test losses, and what became of the default.
 
-    Where a method has fewer than 3 seeds, none.
+    Where a method has too few seeds, none.
     """
-    lines = [
-        f"| task | rank | {' | '.join(HEADINGS.values())} | to LoRA |",
-        "|---" * (len(HEADINGS) + 3) + "|",
-    ]
+    rows = [["task", "rank", *HEADINGS.values(), "to LoRA"]]
     for task, title in TITLES.items():
         cells = tasks[task]
         for rank in sorted(r for r, method in cells if method == "adaptive"):
@@ -181,21 +191,24 @@ def figures(tasks):
                 differences(cells[rank, "adaptive"], cells[rank, "lora"])
             )
             to_lora = f"**{to_lora}**" if to_lora != "level" else to_lora
-            row = [title, str(rank), *map(shown, found), to_lora]
-            lines.append(f"| {' | '.join(row)} |")
+            rows.append([title, rank, *map(shown, found), to_lora])
             title = ""
-    return "\n".join(lines)
+    return markdown(rows)
 
 
 def curve(tasks):
     """How LoRA's test loss depends on its rank."""
-    lines = [
-        f"| task | {' | '.join(map(str, CURVE))} |",
-        "|---" * (len(CURVE) + 1) + "|",
-    ]
+    rows = [["task", *CURVE]]
     for task, title in TITLES.items():
         found = [method_of(tasks[task], rank, "lora") for rank in CURVE]
-        lines.append(f"| {title} | {' | '.join(map(shown, found))} |")
+        rows.append([title, *map(shown, found)])
+    return markdown(rows)
+
+
+def markdown(rows):
+    """A Markdown table; the first row is its header."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)
 
 
@@ -206,8 +219,10 @@ def method_of(cells, rank, method):
 
 
 def shown(runs):
-    """The test loss for a table; a dash for fewer than 3 seeds."""
-    return f"{test_loss(runs):.4f}" if runs and len(runs) > 2 else "–"
+    """The test loss for a table; a dash for too few seeds."""
+    if not runs or len(runs) < FEWEST_SEEDS:
+        return "–"
+    return f"{test_loss(runs):.4f}"
 
 
 def fill_in(path, name, text):
@@ -241,7 +256,7 @@ def differences(runs, others):
 def paired(runs, lora):
     """The mean difference to LoRA and half of its 95 % interval."""
     found = differences(runs, lora)
-    if len(found) < 3:
+    if len(found) < FEWEST_SEEDS:
         return f"{found.mean():+.4f}"
     mean, half = interval(found)
     return f"{mean:+.4f} ± {half:.4f}"
