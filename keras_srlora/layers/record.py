@@ -39,14 +39,15 @@ class Record:
         events: float64, `(m, 5)`, with columns `EVENT`.
     """
 
-    directions: Directions | None = None
-    anchors: np.ndarray | None = None
-    used: np.ndarray | None = None
-    slot_direction: np.ndarray | None = None
-    slot_started: np.ndarray | None = None
-    fused_a: np.ndarray | None = None
-    fused_b: np.ndarray | None = None
-    events: np.ndarray | None = None
+    # All `None` in a layer that is not initialised, where nobody asks.
+    directions: Directions = None  # type: ignore[assignment]
+    anchors: np.ndarray = None  # type: ignore[assignment]
+    used: np.ndarray = None  # type: ignore[assignment]
+    slot_direction: np.ndarray = None  # type: ignore[assignment]
+    slot_started: np.ndarray = None  # type: ignore[assignment]
+    fused_a: np.ndarray = None  # type: ignore[assignment]
+    fused_b: np.ndarray = None  # type: ignore[assignment]
+    events: np.ndarray = None  # type: ignore[assignment]
 
     @classmethod
     def start(cls, directions: Directions, rank: int) -> Record:
@@ -78,17 +79,17 @@ class Record:
         restarted = self.events[:, EVENT.index("direction")]
         return len(np.setdiff1d(np.flatnonzero(self.used), restarted)) == 0
 
-    def add_fused(self, a, b):
+    def add_fused(self, a, b) -> None:
         """Keeps pairs that go into the frozen kernel."""
         self.fused_a = np.concatenate([self.fused_a, a])
         self.fused_b = np.concatenate([self.fused_b, b])
 
-    def add_events(self, columns):
+    def add_events(self, columns) -> None:
         """Notes what happened to fused pairs: `{column of EVENT: array}`."""
         rows = np.stack([columns[name] for name in EVENT], axis=1)
         self.events = np.concatenate([self.events, rows])
 
-    def frozen_rows(self, scale):
+    def frozen_rows(self, scale) -> tuple[np.ndarray, np.ndarray]:
         """What went into the frozen kernel since the pretrained one.
 
         Returns:

@@ -8,6 +8,7 @@ same signature that is registered with
 `keras.saving.register_keras_serializable` may stand in a recipe as well.
 """
 
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -158,7 +159,7 @@ def evenly(steps, recompositions):
     return max(1.0, steps / max(1, recompositions))
 
 
-TABLES = {
+TABLES: dict[str, dict[str, Any]] = {
     # The first pairs start along the leading directions at one of the scales
     # above, or, where it is `None`, as built: `a` random, `b` zero, all
     # directions unused.

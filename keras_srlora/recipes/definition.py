@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
 
 from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import check_fraction
 from keras_srlora.recipes.choices import TABLES
+from keras_srlora.recipes.choices import Evidence
+from keras_srlora.recipes.choices import Pairs
+from keras_srlora.recipes.protocol import Gate
 
 Choice = str | Callable
 
@@ -48,7 +53,7 @@ class Recipe:
             training loss falls. Where it is flat, one recomposition probes; the
             others follow, by the schedule, if the loss then falls faster than
             before, and as long as it falls. A class with the methods of
-            `keras_srlora.recipes.gate.FlatLoss`.
+            `keras_srlora.recipes.protocol.Gate`.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
         steps_per_pair: int. Least number of steps that a pair is trained
@@ -118,36 +123,36 @@ class Recipe:
         """Whether the first pairs stay as built: `a` random, `b` zero."""
         return _function("start", self.start) is None
 
-    def scale_first(self, singular_values, tolerance, scale):
+    def scale_first(self, singular_values, tolerance, scale) -> tuple:
         """`(scale_a, scale_b)` of first pairs that start along directions."""
         return _function("start", self.start)(singular_values, tolerance, scale)
 
-    def scale_restarted(self, singular_values, tolerance, scale):
+    def scale_restarted(self, singular_values, tolerance, scale) -> tuple:
         """`(scale_a, scale_b)` of pairs that restart along directions."""
         return _function("scale", self.scale)(singular_values, tolerance, scale)
 
-    def score_pairs(self, evidence):
+    def score_pairs(self, evidence: Evidence) -> Any:
         """Importance of each pair of a layer."""
         return _function("score", self.score)(evidence)
 
-    def select_pairs(self, pairs, count):
+    def select_pairs(self, pairs: Pairs, count: int) -> np.ndarray:
         """The slots to fuse."""
         return _function("selection", self.selection)(pairs, count)
 
-    def select_directions(self, singular_values, unused, count):
+    def select_directions(self, singular_values, unused, count) -> np.ndarray:
         """The directions that come next."""
         return _function("order", self.order)(singular_values, unused, count)
 
-    def treat_slots(self, kind, values):
+    def treat_slots(self, kind: str, values: Any) -> Any:
         """The values of an optimizer's slot of a restarted pair."""
         return _function("slots", self.slots)(kind, values)
 
-    def choose_interval(self, steps, recompositions):
+    def choose_interval(self, steps: float, recompositions: int) -> float:
         """Steps between two of so many recompositions."""
         return _function("schedule", self.schedule)(steps, recompositions)
 
     @property
-    def gate_class(self):
+    def gate_class(self) -> type[Gate] | None:
         """The class of the gate; `None` where there is none."""
         return _function("gate", self.gate)
 

@@ -108,7 +108,7 @@ class Pace:
         """Lets the gate read what was reported; whether it wants a probe."""
         reported, self._reported = self._reported, []
         gate = self.state.gate
-        if step >= self.last_step:
+        if gate is None or step >= self.last_step:
             return False
         total = sum(_to_float(loss) for loss, _ in reported)
         count = sum(float(number) for _, number in reported)
@@ -135,8 +135,8 @@ class Pace:
         """Spreads what is left to do over what is left of the run."""
         left = self.last_step - step
         count, shortest = self._work()
-        interval = self.interval
-        if interval is None:
+        interval = float(self.interval or 0)
+        if self.interval is None:
             interval = max(self.recipe.choose_interval(left, count), shortest)
             if interval == 1.0 and count > left > 0:
                 _warn(
@@ -151,10 +151,11 @@ class Pace:
                 f"with other `stop` and `steps_per_pair`. Received: "
                 f"interval={self.interval}, {self.recipe}"
             )
-        self.state.schedule = Schedule(float(interval), step, step)
+        self.state.schedule = Schedule(interval, step, step)
 
     def _warn_of_silence(self, step):
-        late = step - self.state.gate.read_at > self.state.gate.window
+        gate = self.state.gate
+        late = gate is not None and step - gate.read_at > gate.window
         if late and not self._warned:
             self._warned = True
             _warn(

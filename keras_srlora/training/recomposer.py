@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import keras
 
@@ -76,15 +77,15 @@ class Recomposer:
 
     def __init__(
         self,
-        model,
-        optimizer,
+        model: keras.Model | list,
+        optimizer: Any,
         recipe: Recipe | str | dict | None = None,
         total_steps: int | None = None,
         interval: int | None = None,
         *,
         fusion_ratio: float | None = None,
         verbose: int = 0,
-    ):
+    ) -> None:
         interval = check_count("interval", interval, "steps", True)
         if total_steps is None and interval is None:
             raise ValueError(
@@ -154,7 +155,7 @@ class Recomposer:
             return []
         return self._recompose(step) if self.pace.decide(step) else []
 
-    def report_loss(self, total, count: float = 1) -> None:
+    def report_loss(self, total: Any, count: float = 1) -> None:
         """Tells the losses of the steps since the last report.
 
         Only a recipe with a gate looks at them.

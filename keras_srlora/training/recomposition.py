@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ class Recomposition:
     drift: float
     importance: tuple = ()
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """As plain Python, for JSON."""
         return {
             field.name: list(value) if isinstance(value, tuple) else value
@@ -54,7 +55,7 @@ class Recomposition:
 
 def recompose(
     sensitivity: Sensitivity,
-    optimizer=None,
+    optimizer: Any = None,
     step: int = 0,
     recipe: Recipe | str | None = None,
 ) -> list[Recomposition]:
