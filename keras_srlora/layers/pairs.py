@@ -237,7 +237,7 @@ def _restart(layer, slots, indices, scale, fuse=False):
     if fuse:
         record.add_fused(*(x[slots] for x in factors_to_numpy(layer)))
     record.anchors[indices] = layer.scale * scale_a * scale_b
-    record.used[indices] = True
+    record.visits[indices] += 1
     record.slot_direction[slots] = indices
     frozen.store(kernel, frozen_rows(layer, record))
     factor_a.assign(a)

@@ -159,6 +159,11 @@ def evenly(steps, recompositions):
     return max(1.0, steps / max(1, recompositions))
 
 
+def by_life(steps, recompositions):
+    """As often as the life of a pair allows, which the recipe bounds."""
+    return 1.0
+
+
 TABLES: dict[str, dict[str, Any]] = {
     # The first pairs start along the leading directions at one of the scales
     # above, or, where it is `None`, as built: `a` random, `b` zero, all
@@ -179,7 +184,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "zero_first_moments": zero_first_moments,
         "keep": keep_slots,
     },
-    "schedule": {"evenly": evenly},
+    "schedule": {"evenly": evenly, "by_life": by_life},
     # A class with the methods of `FlatLoss`, or `None`.
     "gate": {"none": None, "flat_loss": FlatLoss},
 }

@@ -47,7 +47,8 @@ class Recipe:
         slots: what happens to the optimizer's slots of a restarted pair.
             `"zero_first_moments"`, `"zero"` or `"keep"`. A function
             `(kind, values) -> values`.
-        schedule: when. `"evenly"` over the run. A function
+        schedule: when. `"evenly"` over the run, or `"by_life"`: as often as
+            `steps_per_pair` and `pair_life` allow. A function
             `(steps, recompositions) -> interval`.
         gate: `"none"`, or `"flat_loss"`: nothing is recomposed while the
             training loss falls. Where it is flat, one recomposition probes; the
@@ -59,6 +60,13 @@ class Recipe:
         steps_per_pair: int. Least number of steps that a pair is trained
             before its slot restarts: a run that is short for its directions
             recomposes less often, and does not visit all of them.
+        pair_life: float in [0, 1). The same as a part of the run; the larger of
+            the two counts.
+        shortest_run: int. Steps of the shortest run that is recomposed at all;
+            a shorter one is plain LoRA (or PiSSA, as it starts).
+        reuse_directions: bool. Whether directions come again once pairs started
+            along all of them, so that they never run out. For a `scale` that
+            subtracts nothing (`"as_lora"`).
         stop: float in (0, 1]. Part of the run after which nothing is
             recomposed, so that the last pairs have their time.
         beta1: float in [0, 1). Decay of the average sensitivity `Ī`.
@@ -92,6 +100,9 @@ class Recipe:
     gate: Choice = "none"
     fusion_ratio: float = 0.5
     steps_per_pair: int = 1
+    pair_life: float = 0.0
+    shortest_run: int = 1
+    reuse_directions: bool = False
     stop: float = 1.0
     beta1: float = 0.85
     beta2: float = 0.85
@@ -102,10 +113,18 @@ class Recipe:
             object.__setattr__(self, field, name)
         check_fraction("fusion_ratio", self.fusion_ratio, True, False)
         check_fraction("stop", self.stop, True, False)
+        check_fraction("pair_life", self.pair_life, False, True)
         check_fraction("beta1", self.beta1, False, True)
         check_fraction("beta2", self.beta2, False, True)
-        steps = check_count("steps_per_pair", self.steps_per_pair, "steps")
-        object.__setattr__(self, "steps_per_pair", steps)
+        for field in ("steps_per_pair", "shortest_run"):
+            steps = check_count(field, getattr(self, field), "steps")
+            object.__setattr__(self, field, steps)
+        if self.reuse_directions and self.scale != "as_lora":
+            raise ValueError(
+                "Directions can come again only where a restart subtracts "
+                'nothing from the kernel: `scale="as_lora"`. '
+                f"Received: reuse_directions=True, scale={self.scale!r}"
+            )
 
     @property
     def subtracts(self) -> bool:

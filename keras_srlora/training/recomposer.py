@@ -18,6 +18,7 @@ from keras_srlora.training.pace import Pace
 from keras_srlora.training.recomposition import Recomposition
 from keras_srlora.training.recomposition import describe
 from keras_srlora.training.recomposition import recompose
+from keras_srlora.training.recomposition import remaining_recompositions
 from keras_srlora.training.recomposition import work_left
 from keras_srlora.training.run_state import RunState
 from keras_srlora.training.scoring import score_steps
@@ -257,7 +258,11 @@ class Recomposer:
 
     def _recompose(self, step):
         preparation.check_still_trained(self.layers, self._model)
-        exhausted = [x for x in self.layers if not len(x.record.unused)]
+        exhausted = [
+            layer
+            for layer in self.layers
+            if not remaining_recompositions(layer, self.recipe)
+        ]
         if exhausted:
             self._warn_of_exhausted(exhausted)
         events = recompose(self.sensitivity, self.optimizer, step, self.recipe)
@@ -268,7 +273,7 @@ class Recomposer:
         return events
 
     def _work_left(self):
-        work = work_left(self.layers, self.recipe)
+        work = work_left(self.layers, self.recipe, self.pace.total_steps)
         if work.recompositions == 0:
             self._warn_of_exhausted(self.layers)
         return work
