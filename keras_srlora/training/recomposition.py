@@ -163,7 +163,7 @@ def _pairs_left(layer, recipe):
 
 
 def choose_directions(record, recipe: Recipe, count: int, kept) -> np.ndarray:
-    """The directions that `count` slots restart along; fewer where none is left.
+    """The directions that slots restart along; fewer where none is left.
 
     Args:
         record: `Record` of the layer.
