@@ -1,7 +1,7 @@
 """Adapter files that nobody wrote on purpose, and some that somebody did.
 
-`ADAPTER_FUZZ_EXAMPLES=100000 python -m pytest tests/adapters/test_adapter_fuzz.py`
-tries more of them than the suite does.
+`ADAPTER_FUZZ_EXAMPLES=100000 python -m pytest tests/adapters -k fuzz` tries
+more of them than the suite does.
 """
 
 import json

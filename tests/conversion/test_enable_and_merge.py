@@ -66,7 +66,7 @@ def test_a_layer_that_is_used_twice(rng, tmp_path):
     x, y = regression_data(rng)
     before = to_numpy(model(x))
     (layer,) = enable_srlora(
-        model, 2, 8, target_layer_names=["shared"], recipe="paper"
+        model, 2, target_rank=8, target_layer_names=["shared"], recipe="paper"
     )
     np.testing.assert_allclose(to_numpy(model(x)), before, atol=1e-6)
     model.compile("adam", "mse")

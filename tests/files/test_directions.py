@@ -41,7 +41,7 @@ def convert(path, model=None, rank=2, target_rank=6, **kwargs):
     """Converts a model; returns it and its three converted layers."""
     model = model or plain_model()
     layers = keras_srlora.enable_srlora(
-        model, rank, target_rank, directions=path, **kwargs
+        model, rank, target_rank=target_rank, directions=path, **kwargs
     )
     return model, layers
 
@@ -93,7 +93,7 @@ def test_the_second_run_decomposes_nothing(
     assert len(decomposed) == 3
     written = path.read_bytes()
     without = plain_model(dtype)
-    keras_srlora.enable_srlora(without, 2, 6, **kwargs)
+    keras_srlora.enable_srlora(without, 2, target_rank=6, **kwargs)
     decomposed.clear()
     second, others = convert(path, plain_model(dtype), **kwargs)
     assert not decomposed

@@ -75,7 +75,7 @@ def quantized_model(mode=None, config=None, recipe="paper"):
             layer = model.get_layer(name)
             layer.quantize(config=config) if config else layer.quantize(mode)
     keras_srlora.enable_srlora(
-        model, 2, 8, target_layer_names=TARGETS, recipe=recipe
+        model, 2, target_rank=8, target_layer_names=TARGETS, recipe=recipe
     )
     model.compile(keras.optimizers.Adam(0.01), "mse")
     return model
@@ -165,7 +165,7 @@ def test_training_equals_that_on_the_dequantized_kernel(recipe, config, data):
         layer.quantize(config=config())
         plain.get_layer(name).kernel.assign(frozen.float_kernel(layer))
     keras_srlora.enable_srlora(
-        plain, 2, 8, target_layer_names=TARGETS, recipe=recipe
+        plain, 2, target_rank=8, target_layer_names=TARGETS, recipe=recipe
     )
     plain.compile(keras.optimizers.Adam(0.01), "mse")
     for a, b in zip(adapted(quantized), adapted(plain)):
@@ -199,7 +199,7 @@ def test_twenty_recompositions_lose_nothing(mode, recipe, rng):
     layer.quantize(mode)
     model = keras.Sequential([keras.Input((40,)), layer])
     keras_srlora.enable_srlora(
-        model, 2, 40, target_layer_names=[layer.name], recipe=recipe
+        model, 2, target_rank=40, target_layer_names=[layer.name], recipe=recipe
     )
     pretrained = np.float64(to_numpy(frozen.float_kernel(layer)))
     account = pretrained.copy()

@@ -1,11 +1,10 @@
-"""The choices of a recipe: each by itself, and in a run."""
+"""Recipes in `fit`."""
 
 import dataclasses
 
 import keras
 import numpy as np
 import pytest
-from support import dense_layer
 from support import effective
 from support import frozen_kernel
 from support import regression_data
@@ -15,9 +14,6 @@ from support import two_layer_model
 import keras_srlora
 from keras_srlora import Recipe
 from keras_srlora import RecompositionCallback
-from keras_srlora.layers import pairs
-from keras_srlora.recipes import choices
-from keras_srlora.recipes.choices import Pairs
 from keras_srlora.recipes.definition import RECIPES
 
 RESTARTS = RECIPES["lora_restarts"]
@@ -33,120 +29,6 @@ def run(rng, recipe, callback=None, epochs=3, **kwargs):
         x, y, batch_size=8, epochs=epochs, verbose=0, callbacks=[callback]
     )
     return callback, model.get_layer("hidden")
-
-
-# Each choice.
-
-
-def test_the_published_recipe_is_one_argument_away():
-    layer = keras_srlora.SRLoRADense(4, recipe="paper")
-    assert RECIPES["paper"] == Recipe() == layer.recipe
-    assert keras_srlora.SRLoRADense(4).recipe == RECIPES["adaptive"]
-    assert Recipe().to_dict() == {
-        "start": "pissa",
-        "score": "sensitivity",
-        "selection": "least_important",
-        "order": "largest_singular_value",
-        "scale": "sqrt_singular_value",
-        "slots": "zero_first_moments",
-        "schedule": "evenly",
-        "gate": "none",
-        "fusion_ratio": 0.5,
-        "steps_per_pair": 1,
-        "stop": 1.0,
-        "beta1": 0.85,
-        "beta2": 0.85,
-    }
-
-
-@pytest.mark.parametrize(
-    ("scores", "started", "expected"),
-    [
-        ([4, 3, 2, 1], [0, 0, 0, 0], [2, 3]),  # of equals, the least important
-        ([1, 2, 3, 4], [5, 5, 0, 0], [2, 3]),
-        ([1, 2, 3, 4], [5, 0, 5, 9], [0, 1]),
-    ],
-)
-def test_the_oldest_pairs_are_fused_first(scores, started, expected):
-    pairs = Pairs(np.array(scores, float), np.array(started))
-    np.testing.assert_array_equal(choices.oldest(pairs, 2), expected)
-
-
-def test_random_directions_are_unused_ones_and_the_same_each_time():
-    values, unused = np.arange(10.0), np.array([1, 4, 5, 8, 9])
-    taken = choices.random_direction(values, unused, 3)
-    assert len(set(taken)) == 3 and set(taken) <= set(unused)
-    np.testing.assert_array_equal(
-        taken, choices.random_direction(values, unused, 3)
-    )
-
-
-def test_a_restart_as_lora_subtracts_nothing(rng):
-    w = rng.standard_normal((20, 15)).astype("float32")
-    layer = dense_layer(w, rank=4, lora_alpha=2, recipe=RESTARTS)
-    for factor in layer.factors:
-        factor.assign(rng.standard_normal(factor.shape))
-    a, b = pairs.factors_to_numpy(layer)
-    before, slots = effective(layer), np.array([1, 2])
-    drift = pairs.fuse_and_restart(
-        layer,
-        slots,
-        np.array([0, 3]),
-        np.ones(2),
-        layer.recipe.scale_restarted,
-        step=7,
-    )
-    u, _, _ = np.linalg.svd(w)
-    new_a, new_b = pairs.factors_to_numpy(layer)
-    # The sign of a singular direction is free.
-    aligned = np.abs(np.sum(new_a[slots] * u[:, [0, 3]].T, axis=1))
-    np.testing.assert_allclose(aligned, 2**0.5, rtol=1e-5)
-    np.testing.assert_array_equal(new_b[slots], 0)
-    fused = 0.5 * a[slots].T @ b[slots]
-    np.testing.assert_allclose(
-        frozen_kernel(layer), w + fused, rtol=1e-5, atol=1e-5
-    )
-    # Rounding of float32 numbers.
-    assert drift <= 1e-6
-    np.testing.assert_allclose(effective(layer), before, atol=1e-5)
-
-
-def test_the_length_of_a_is_that_of_the_random_start():
-    layer = keras_srlora.SRLoRADense(8, rank=8, recipe=RESTARTS)
-    layer.build((None, 4000))
-    a, _ = pairs.factors_to_numpy(layer)
-    lengths = np.linalg.norm(a, axis=1)
-    # The mean of 4,000 squares: two percent off is five standard deviations.
-    np.testing.assert_allclose(lengths, choices.A_LENGTH, rtol=0.02)
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [
-        {"start": "ones"},
-        {"score": "gradient"},
-        {"selection": "best"},
-        {"order": "smallest"},
-        {"scale": 2.0},
-        {"slots": "halve"},
-        {"schedule": None},
-        {"fusion_ratio": 0},
-        {"fusion_ratio": 1.5},
-        {"stop": 0},
-        {"stop": 2},
-        {"steps_per_pair": 0},
-        {"steps_per_pair": 1.5},
-        {"beta1": 1},
-        {"beta2": -0.1},
-    ],
-)
-def test_an_unknown_choice_is_refused(choice):
-    (name,) = choice
-    with pytest.raises(ValueError, match=f"`{name}` must be.*Received: {name}"):
-        Recipe(**choice)
-
-
-# In a run.
 
 
 def test_nothing_is_recomposed_after_the_stop(rng):
@@ -196,13 +78,6 @@ def test_moments_of_a_restarted_pair_start_from_zero(rng):
 # Where a recipe is said.
 
 
-def test_a_layer_keeps_its_recipe_in_its_config():
-    recipe = Recipe(order="random", stop=0.8)
-    layer = keras_srlora.SRLoRADense(4, rank=2, recipe=recipe)
-    clone = keras_srlora.SRLoRADense.from_config(layer.get_config())
-    assert clone.recipe == recipe
-
-
 def test_a_callbacks_recipe_leaves_that_of_the_layers(rng):
     recipe = Recipe(slots="keep")
     callback = RecompositionCallback(recipe=recipe, fusion_ratio=0.25)
@@ -225,8 +100,14 @@ def test_layers_that_started_otherwise_are_refused(rng):
     model = two_layer_model(rng, recipe="lora_restarts")
     keras_srlora.initialize_factors(model)
     model.compile("adam", "mse")
+    with pytest.warns(UserWarning, match="Nothing will be recomposed"):
+        model.fit(
+            *regression_data(rng),
+            verbose=0,
+            callbacks=[RecompositionCallback()],
+        )
     kernel = frozen_kernel(model.get_layer("hidden"))
-    with pytest.raises(ValueError, match="'hidden' started already.*'lora'"):
+    with pytest.raises(ValueError, match="already.*as LoRA's.*'pissa'"):
         model.fit(
             *regression_data(rng),
             verbose=0,
@@ -252,6 +133,66 @@ def test_layers_of_different_recipes_are_refused(rng):
         )
 
 
-def test_an_unknown_recipe_is_refused():
-    with pytest.raises(ValueError, match="`recipe` must be one of.*'paper'"):
-        keras_srlora.SRLoRADense(4, recipe="best")
+@pytest.mark.parametrize("started", ["paper", "lora_restarts"])
+def test_untrained_pairs_start_as_the_recipe_of_the_run_says(started, rng):
+    """The function stays, and the kernel is the pretrained one's again."""
+    other = {"paper": RESTARTS, "lora_restarts": Recipe()}[started]
+    model = two_layer_model(rng, recipe=started)
+    layer = model.get_layer("hidden")
+    pretrained = frozen_kernel(layer)
+    keras_srlora.initialize_factors(model)
+    model.compile("adam", "mse")
+    seen = {}
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model  # noqa: B018
+            if not seen:
+                seen.update(
+                    lora=layer.record.starts_as_lora,
+                    effective=effective(layer),
+                    kernel=frozen_kernel(layer),
+                )
+
+    model.fit(
+        *regression_data(rng),
+        batch_size=8,
+        verbose=0,
+        callbacks=[RecompositionCallback(interval=7, recipe=other), Look()],
+    )
+    assert seen["lora"] is (started == "paper")
+    np.testing.assert_allclose(seen["effective"], pretrained, atol=1e-5)
+    left = np.abs(seen["kernel"] - pretrained).max()
+    assert left <= 1e-5 if started == "paper" else left > 0.1
+    assert layer.recipe == RECIPES[started]
+
+
+def test_a_recipe_of_functions_in_a_run(rng):
+    """Selection, order, schedule and slots of one's own are what happens."""
+    recipe = Recipe(
+        start="lora",
+        selection=newest,
+        order=last_first,
+        schedule=every_third_step,
+    )
+    callback, _ = run(rng, recipe)
+    assert [e.step for e in callback.events] == [3, 6, 9, 12, 15, 18]
+    assert [e.directions for e in callback.events][:2] == [(11, 10), (9, 8)]
+    # The slots that restarted last restart again.
+    assert len({e.slots for e in callback.events}) == 1
+
+
+@keras.saving.register_keras_serializable("test_recipes_in_fit")
+def newest(pairs, count):
+    order = np.lexsort((np.arange(len(pairs.started)), -pairs.started))
+    return np.sort(order[:count])
+
+
+@keras.saving.register_keras_serializable("test_recipes_in_fit")
+def last_first(singular_values, unused, count):
+    return unused[::-1][:count]
+
+
+@keras.saving.register_keras_serializable("test_recipes_in_fit")
+def every_third_step(steps, recompositions):
+    return 3.0
