@@ -121,6 +121,22 @@ def arguments_of(saved):
     }
 
 
+def open_adapter(filepath):
+    """What an adapter file holds of each layer, whatever model it is for.
+
+    Returns:
+        List of `(description, arrays, record, scale)`.
+    """
+    with tensors_file.opened(filepath, KIND) as (opened, metadata):
+        tensors = dict(opened)
+    found = []
+    for saved in _descriptions(metadata, filepath):
+        arrays = _take(tensors, f"{saved['path']}/")
+        scale = (saved["lora_alpha"] or saved["rank"]) / saved["rank"]
+        found.append((saved, arrays, record_of(arrays), scale))
+    return found
+
+
 def read_checked(model, filepath):
     """Reads an adapter file, and checks all of it against a model.
 

@@ -32,6 +32,7 @@ class Recomposition:
             along, 0 being that of the largest singular value.
         drift: float. Largest change of an entry of the layer's effective
             kernel, as a part of its largest entry.
+        importance: tuple of floats. Importance of all pairs before it.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Recomposition:
     scores: tuple
     directions: tuple
     drift: float
+    importance: tuple = ()
 
     def to_dict(self):
         """As plain Python, for JSON."""
@@ -231,6 +233,7 @@ def _recompose_layer(layer, recipe, scores, step):
         scores=tuple(map(float, scores[slots])),
         directions=tuple(map(int, directions)),
         drift=drift,
+        importance=tuple(map(float, scores)),
     )
 
 
