@@ -104,9 +104,7 @@ def test_where_there_is_nothing_to_read_a_warning_names_the_way_out(rng):
     for size in (2, 128):
         callback = RecompositionCallback()
         with collected_warnings() as messages:
-            model.fit(
-                x, x, batch_size=size, verbose=0, callbacks=[callback]
-            )
+            model.fit(x, x, batch_size=size, verbose=0, callbacks=[callback])
         (message,) = messages
         assert "interval" in message and "recipe" in message
         assert callback.events == []
