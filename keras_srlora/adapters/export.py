@@ -20,7 +20,7 @@ from keras_srlora.functional.low_rank import largest_cut
 from keras_srlora.functional.low_rank import thin_svd
 from keras_srlora.functional.low_rank import without_rounding
 from keras_srlora.layers import pairs
-from keras_srlora.layers.find import match_records
+from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
 
 
@@ -84,7 +84,7 @@ def export_lora(
         )
     _check_rank(rank)
     adapted = srlora_layers(backbone)
-    match_records(adapted)
+    require_records(adapted)
     factored = {id(layer): _unfolded_factors(layer) for layer in adapted}
     needed = max(1, *(len(s) for _, s, _ in factored.values()))
     rank = needed if rank is None else rank
@@ -151,7 +151,7 @@ def export_peft(
     """
     _check_rank(rank)
     layers = srlora_layers(model)
-    match_records(layers)
+    require_records(layers)
     names = [
         prefix + _module_name(layer.path, modules or {}) for layer in layers
     ]

@@ -1,8 +1,7 @@
-"""`save_adapter`, `load_adapter` and `adapter_disabled`."""
+"""`save_adapter` and `load_adapter`."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
 import keras
@@ -15,9 +14,9 @@ from keras_srlora.adapters.format import KIND
 from keras_srlora.adapters.format import TRAINABLE
 from keras_srlora.adapters.format import is_plain
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import check_paths
 from keras_srlora.conversion.enable import convert_plain
+from keras_srlora.conversion.holders import Holders
 from keras_srlora.files import tensors as tensors_file
 from keras_srlora.layers import pairs
 from keras_srlora.layers.find import match_records
@@ -121,6 +120,7 @@ def load_adapter(model: keras.Model, filepath) -> list:
         # What was trained there is trained on here.
         trained=[variable for variable, _ in others],
     )
+    holders = Holders(model, [layer for layer, _, _ in plans])
     for layer, saved, arrays in plans:
         layer.recipe = get_recipe(saved["recipe"])
         a, b = (arrays[name] for name in FACTORS)
@@ -128,50 +128,8 @@ def load_adapter(model: keras.Model, filepath) -> list:
         pairs.restore_adapter(layer, a, b, saved["lora_alpha"], record)
     for variable, array in others:
         variable.assign(array)
-    keras_private.drop_compiled_functions(model)
+    holders.follow()
     return [layer for layer, _, _ in plans]
-
-
-@contextlib.contextmanager
-def adapter_disabled(model: keras.Model):
-    """Inside the `with` block the SRLoRA layers compute what they did before.
-
-    Their kernels are the pretrained ones, to rounding, and their low-rank part
-    is zero; afterwards, also after an exception, everything is put back to the
-    bit. Other trained variables (a head, biases) are left as they are. For
-    inference: do not train inside.
-
-    Args:
-        model: a `keras.Model` with SRLoRA layers.
-
-    Example:
-
-    ```python
-    with keras_srlora.adapter_disabled(model):
-        pretrained_logits = model.predict(x)
-    ```
-    """
-    layers = srlora_layers(model)
-    match_records(layers)
-    variables = [
-        variable
-        for layer in layers
-        for variable in (*layer.frozen.variables, *layer.factors)
-    ]
-    # On the host: no second copy of the kernels on an accelerator.
-    kept = [
-        np.array(devices.to_numpy(ops.convert_to_tensor(v))) for v in variables
-    ]
-    stored = [layer.frozen.to_arrays() for layer in layers]
-    try:
-        for layer in layers:
-            pairs.disable_adapter(layer)
-        yield model
-    finally:
-        for variable, value in zip(variables, kept):
-            variable.assign(value)
-        for layer, arrays in zip(layers, stored):
-            layer.frozen.from_arrays(arrays)
 
 
 def _to_numpy(variable):

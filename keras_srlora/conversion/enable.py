@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import keras
 
 from keras_srlora.backend import keras_private
@@ -11,6 +9,7 @@ from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.progress import check_verbose
 from keras_srlora.conversion.containers import convert_layers
 from keras_srlora.conversion.freezing import freeze_base
+from keras_srlora.conversion.holders import Holders
 from keras_srlora.conversion.targets import find_biases
 from keras_srlora.conversion.targets import find_ranks
 from keras_srlora.conversion.targets import find_targets
@@ -167,17 +166,6 @@ def check_convertible(layer, rank):
     check_finite_kernel(float_kernel(layer), path)
 
 
-def _warn_of_outer_model(model):
-    if keras_private.is_part_of_another_model(model):
-        warnings.warn(
-            f"Model {model.name!r} is already a part of another model, whose "
-            "compiled functions cannot be reached from here. If that model was "
-            "used before (predict, evaluate, fit), call its `compile` again, "
-            "or convert it instead: `enable_srlora(outer_model)`.",
-            stacklevel=3,
-        )
-
-
 def plain_matrix(layer):
     """The kernel of a plain layer as a matrix of shape `(in, out)`."""
     plan = ADAPTED[type(layer)].read_plan(layer)
@@ -190,13 +178,15 @@ def convert_plain(model, layers, arguments, trained=()):
     Their kernels are not decomposed yet. Everything else that is pretrained is
     frozen, but for the variables in `trained`.
     """
-    _warn_of_outer_model(model)
+    if not layers:
+        return
+    holders = Holders(model, layers)
     freeze_base(model, layers, trained)
     trained = {id(variable) for variable in trained}
     arguments = [
         {**of_layer, "train_bias": id(layer.bias) in trained}
         for layer, of_layer in zip(layers, arguments)
     ]
-    convert_layers(model, layers, arguments)
+    convert_layers(holders.containers(), layers, arguments)
     warn_of_whole_factors(layers)
-    keras_private.drop_compiled_functions(model)
+    holders.follow()

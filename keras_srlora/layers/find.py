@@ -9,9 +9,11 @@ from keras_srlora.files.directions import open_directions
 from keras_srlora.layers import pairs
 from keras_srlora.layers import placement
 from keras_srlora.layers.base import SRLoRALayer
+from keras_srlora.layers.matching import check_record
 from keras_srlora.layers.matching import find_record
 from keras_srlora.layers.matching import take_back_record
 from keras_srlora.layers.requirements import check_initializable
+from keras_srlora.layers.switched_off import check_switched_on
 
 
 def srlora_layers(model) -> list:
@@ -44,8 +46,9 @@ def match_records(layers):
 
     Raises:
         ValueError: before anything is changed, if a kernel is none that its
-            layer ever had.
+            layer ever had, or an adapter is switched off.
     """
+    check_switched_on(layers)
     counts = {
         layer: find_record(layer) for layer in layers if layer.initialized
     }
@@ -60,6 +63,21 @@ def match_records(layers):
             "back to it.",
             stacklevel=3,
         )
+
+
+def require_records(layers):
+    """As `match_records`, for what needs to know the pretrained kernels.
+
+    Raises:
+        ValueError: likewise, and if a layer is not built, or has trained
+            factors and no record.
+    """
+    for layer in layers:
+        if not layer.built:
+            check_initializable(layer)
+    match_records(layers)
+    for layer in layers:
+        check_record(layer)
 
 
 def initialize_factors(model, directions=None, verbose="auto") -> list:

@@ -108,12 +108,12 @@ def update_factors(layer):
 # Starting.
 
 
-def a_initializer(layer):
+def a_initializer(layer, seed=None):
     """The initializer of the first factor."""
     # Keras's own LoRA starts with `he_uniform`, whose fan is that of
     # (in, rank); stored transposed, its limit is given by hand.
     limit = (6.0 / layer.plan().in_features) ** 0.5
-    return keras.initializers.RandomUniform(-limit, limit)
+    return keras.initializers.RandomUniform(-limit, limit, seed)
 
 
 def start_pairs(layer, recipe, file=None):
@@ -271,12 +271,13 @@ def restore_adapter(layer, a, b, lora_alpha, record):
 
 
 def disable_adapter(layer):
-    """Back to the pretrained kernel, with both factors zero.
+    """Back to the pretrained kernel, with nothing learnt and no record.
 
-    Both: a factor that is not finite would make zero times NaN. The record
-    stays, for the way back.
+    No factor is as it was: one that is not finite would make zero times NaN.
     """
-    nothing = frozen_rows(layer, Record())
-    layer.frozen.store(pretrained_matrix(layer), nothing)
-    for factor in layer.factors:
-        factor.assign(ops.zeros(factor.shape, dtype=factor.dtype))
+    layer.frozen.store(pretrained_matrix(layer), frozen_rows(layer, Record()))
+    layer.record = Record()
+    a, b = layer.factors
+    # With a seed: no other random number is a different one afterwards.
+    a.assign(a_initializer(layer, seed=0)(a.shape, dtype=a.dtype))
+    b.assign(ops.zeros(b.shape, dtype=b.dtype))

@@ -39,7 +39,7 @@ def recomposed_encoder(rng, recipe="paper"):
     x, y = batch(rng, 64), batch(rng, 64)
     callback = keras_srlora.RecompositionCallback(interval=3)
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[callback])
-    assert callback.events
+    assert callback.record
     return model
 
 

@@ -1,0 +1,63 @@
+"""Building an optimizer a second time. Private API of Keras's optimizers.
+
+Beside `keras_private`, for the same reasons. Keras has no way to build an
+optimizer for other variables, and making it anew from its config loses what a
+config does not hold: schedules and arguments of the user's classes.
+"""
+
+
+def trains_exactly(optimizer, variables) -> bool:
+    """Whether a built optimizer was built for these variables.
+
+    Private: `Optimizer._trainable_variables`.
+    """
+    known = set(map(id, optimizer._trainable_variables))
+    return known == set(map(id, variables))
+
+
+def build_again(optimizer, variables):
+    """Builds a built optimizer for other variables, in place, at step 0.
+
+    Its settings, its schedule and what a subclass keeps stay; the state of the
+    old variables goes. If it raises, the optimizer is as before. Private:
+    `Optimizer._variables`, `_tracker`, `_iterations`,
+    `_trainable_variables_indices`.
+    """
+    parts = [optimizer]
+    if hasattr(optimizer, "inner_optimizer"):  # a `LossScaleOptimizer`
+        parts.append(optimizer.inner_optimizer)
+    before = [_state(part) for part in parts]
+    try:
+        for part in parts:
+            _set_variables(part, [])
+            part._trainable_variables_indices.clear()
+            part.built = False
+        optimizer.build(variables)
+    except Exception:
+        for part, (attributes, own, indices) in zip(parts, before):
+            vars(part).clear()
+            vars(part).update(attributes)
+            _set_variables(part, own)
+            part._trainable_variables_indices.update(indices)
+        raise
+    for part, (_, own, _) in zip(parts, before):
+        # Made with the optimizer, not when it was built, such as the learning
+        # rate.
+        held = set(map(id, vars(part).values()))
+        own = [v for v in own if id(v) in held]
+        _set_variables(part, own + part._variables)
+        part._iterations.assign(0)
+
+
+def _state(optimizer):
+    return (
+        dict(vars(optimizer)),
+        list(optimizer._variables),
+        dict(optimizer._trainable_variables_indices),
+    )
+
+
+def _set_variables(optimizer, variables):
+    # In place: the tracker has the same list.
+    optimizer._variables[:] = variables
+    optimizer._tracker.stored_ids["variables"] = set(map(id, variables))
