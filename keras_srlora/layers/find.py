@@ -9,6 +9,7 @@ from keras_srlora.files.directions import open_directions
 from keras_srlora.layers import pairs
 from keras_srlora.layers import placement
 from keras_srlora.layers.base import SRLoRALayer
+from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.matching import check_record
 from keras_srlora.layers.matching import find_record
 from keras_srlora.layers.matching import take_back_record
@@ -112,6 +113,7 @@ def initialize_factors(model, directions=None, verbose="auto") -> list:
     for layer in layers:
         check_initializable(layer)
     fresh = [layer for layer in layers if not layer.initialized]
+    check_finite_factors(fresh)
     placement.warn_of_whole_factors(fresh)
     with open_directions(directions, fresh) as file:
         decompose_kernels(fresh, file=file, verbose=verbose)
