@@ -7,6 +7,11 @@ Importance-Based Fusion and Reinitialization", arXiv 2505.12433.
 from keras_srlora.adapters.disabled import adapter_disabled
 from keras_srlora.adapters.export import export_lora
 from keras_srlora.adapters.export import export_peft
+from keras_srlora.adapters.named import add_adapter
+from keras_srlora.adapters.named import combine_adapters
+from keras_srlora.adapters.named import delete_adapter
+from keras_srlora.adapters.named import list_adapters
+from keras_srlora.adapters.named import set_adapter
 from keras_srlora.adapters.save_load import load_adapter
 from keras_srlora.adapters.save_load import save_adapter
 from keras_srlora.conversion.enable import enable_srlora
@@ -40,10 +45,14 @@ __all__ = [
     "SensitivityOptimizer",
     "__version__",
     "adapter_disabled",
+    "add_adapter",
+    "combine_adapters",
+    "delete_adapter",
     "enable_srlora",
     "export_lora",
     "export_peft",
     "initialize_factors",
+    "list_adapters",
     "load_adapter",
     "load_plain_weights",
     "merge_srlora",
@@ -51,5 +60,6 @@ __all__ = [
     "recompose",
     "register_optimizer_slots",
     "save_adapter",
+    "set_adapter",
     "unload_srlora",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
@@ -49,6 +51,25 @@ def trained_beside(model: keras.Model, layers) -> list:
             pretrained.update(id(v) for v in part.variables)
     beside = trainable_beside(model, layers)
     return [v for v in beside if id(v) in pretrained]
+
+
+def warn_of_trained(model, layers, what, stacklevel=3) -> None:
+    """Warns where `trained_beside` finds any.
+
+    Args:
+        model: a `keras.Model`.
+        layers: list of its SRLoRA layers.
+        what: str. What becomes of them: `"are left as they are"`.
+        stacklevel: int, as in `warnings.warn`.
+    """
+    found = [v.path for v in trained_beside(model, layers)]
+    if found:
+        warnings.warn(
+            f"{len(found)} trained variables of the pretrained part that are "
+            f"no SRLoRA factors {what}: {found[:4]}. The model computes what "
+            "it did before training only if they did not change.",
+            stacklevel=stacklevel,
+        )
 
 
 def _is_backbone(model):
