@@ -86,7 +86,7 @@ def _with_fused(record, rank, fused_a, fused_b):
     # Each pair that is fused takes up a direction; the last ones first.
     taken = np.concatenate([missing, others])[:count].astype("int64")
     combined = Record.start(found, rank)
-    combined.used[taken] = True
+    combined.visits[taken] = 1
     padding = ((0, count - len(fused_a)), (0, 0))
     combined.add_fused(
         np.pad(fused_a, padding).astype("float32"),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
 
 from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import check_fraction
 from keras_srlora.recipes.choices import TABLES
+from keras_srlora.recipes.choices import Evidence
+from keras_srlora.recipes.choices import Pairs
+from keras_srlora.recipes.protocol import Gate
 
 Choice = str | Callable
 
@@ -42,18 +47,26 @@ class Recipe:
         slots: what happens to the optimizer's slots of a restarted pair.
             `"zero_first_moments"`, `"zero"` or `"keep"`. A function
             `(kind, values) -> values`.
-        schedule: when. `"evenly"` over the run. A function
+        schedule: when. `"evenly"` over the run, or `"by_life"`: as often as
+            `steps_per_pair` and `pair_life` allow. A function
             `(steps, recompositions) -> interval`.
         gate: `"none"`, or `"flat_loss"`: nothing is recomposed while the
             training loss falls. Where it is flat, one recomposition probes; the
             others follow, by the schedule, if the loss then falls faster than
             before, and as long as it falls. A class with the methods of
-            `keras_srlora.recipes.gate.FlatLoss`.
+            `keras_srlora.recipes.protocol.Gate`.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
         steps_per_pair: int. Least number of steps that a pair is trained
             before its slot restarts: a run that is short for its directions
             recomposes less often, and does not visit all of them.
+        pair_life: float in [0, 1). The same as a part of the run; the larger of
+            the two counts.
+        shortest_run: int. Steps of the shortest run that is recomposed at all;
+            a shorter one is plain LoRA (or PiSSA, as it starts).
+        reuse_directions: bool. Whether directions come again once pairs started
+            along all of them, so that they never run out. For a `scale` that
+            subtracts nothing (`"as_lora"`).
         stop: float in (0, 1]. Part of the run after which nothing is
             recomposed, so that the last pairs have their time.
         beta1: float in [0, 1). Decay of the average sensitivity `Ī`.
@@ -61,9 +74,11 @@ class Recipe:
 
     The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
     2505.12433, section 3), which leaves `slots` open.
-    `recipe="lora_restarts"` starts each pair, the first ones too, as LoRA does.
-    `recipe="adaptive"`, which layers have by default, is that with a gate: it
-    is LoRA unless the loss shows that the rank limits it.
+    `recipe="adaptive"`, which layers have by default, starts each pair as LoRA
+    does, trains it for a twentieth of the run and at least 100 steps, then
+    fuses it and restarts its slot; it leaves runs of fewer than 700 steps
+    alone. `recipe="lora_restarts"` does the same in the first half of a run of
+    any length, once for each direction.
 
     Example:
 
@@ -87,6 +102,9 @@ class Recipe:
     gate: Choice = "none"
     fusion_ratio: float = 0.5
     steps_per_pair: int = 1
+    pair_life: float = 0.0
+    shortest_run: int = 1
+    reuse_directions: bool = False
     stop: float = 1.0
     beta1: float = 0.85
     beta2: float = 0.85
@@ -95,20 +113,26 @@ class Recipe:
         for field in TABLES:
             name = _name(field, getattr(self, field))
             object.__setattr__(self, field, name)
-        numbers = {
-            "fusion_ratio": check_fraction(
-                "fusion_ratio", self.fusion_ratio, True, False
-            ),
-            "stop": check_fraction("stop", self.stop, True, False),
-            "beta1": check_fraction("beta1", self.beta1, False, True),
-            "beta2": check_fraction("beta2", self.beta2, False, True),
-            "steps_per_pair": check_count(
-                "steps_per_pair", self.steps_per_pair, "steps"
-            ),
-        }
         # As Python's numbers, which JSON can hold.
-        for name, number in numbers.items():
-            object.__setattr__(self, name, number)
+        for field, low_open, high_open in (
+            ("fusion_ratio", True, False),
+            ("stop", True, False),
+            ("pair_life", False, True),
+            ("beta1", False, True),
+            ("beta2", False, True),
+        ):
+            number = getattr(self, field)
+            number = check_fraction(field, number, low_open, high_open)
+            object.__setattr__(self, field, number)
+        for field in ("steps_per_pair", "shortest_run"):
+            steps = check_count(field, getattr(self, field), "steps")
+            object.__setattr__(self, field, steps)
+        if self.reuse_directions and self.scale != "as_lora":
+            raise ValueError(
+                "Directions can come again only where a restart subtracts "
+                'nothing from the kernel: `scale="as_lora"`. '
+                f"Received: reuse_directions=True, scale={self.scale!r}"
+            )
 
     @property
     def subtracts(self) -> bool:
@@ -126,36 +150,36 @@ class Recipe:
         """Whether the first pairs stay as built: `a` random, `b` zero."""
         return _function("start", self.start) is None
 
-    def scale_first(self, singular_values, tolerance, scale):
+    def scale_first(self, singular_values, tolerance, scale) -> tuple:
         """`(scale_a, scale_b)` of first pairs that start along directions."""
         return _function("start", self.start)(singular_values, tolerance, scale)
 
-    def scale_restarted(self, singular_values, tolerance, scale):
+    def scale_restarted(self, singular_values, tolerance, scale) -> tuple:
         """`(scale_a, scale_b)` of pairs that restart along directions."""
         return _function("scale", self.scale)(singular_values, tolerance, scale)
 
-    def score_pairs(self, evidence):
+    def score_pairs(self, evidence: Evidence) -> Any:
         """Importance of each pair of a layer."""
         return _function("score", self.score)(evidence)
 
-    def select_pairs(self, pairs, count):
+    def select_pairs(self, pairs: Pairs, count: int) -> np.ndarray:
         """The slots to fuse."""
         return _function("selection", self.selection)(pairs, count)
 
-    def select_directions(self, singular_values, unused, count):
+    def select_directions(self, singular_values, unused, count) -> np.ndarray:
         """The directions that come next."""
         return _function("order", self.order)(singular_values, unused, count)
 
-    def treat_slots(self, kind, values):
+    def treat_slots(self, kind: str, values: Any) -> Any:
         """The values of an optimizer's slot of a restarted pair."""
         return _function("slots", self.slots)(kind, values)
 
-    def choose_interval(self, steps, recompositions):
+    def choose_interval(self, steps: float, recompositions: int) -> float:
         """Steps between two of so many recompositions."""
         return _function("schedule", self.schedule)(steps, recompositions)
 
     @property
-    def gate_class(self):
+    def gate_class(self) -> type[Gate] | None:
         """The class of the gate; `None` where there is none."""
         return _function("gate", self.gate)
 
@@ -170,8 +194,8 @@ def _name(field, choice):
     for name, function in table.items():
         if choice is not None and choice is function:
             return name
-    name = keras.saving.get_registered_name(choice)
-    if not callable(choice) or _registered(name) is not choice:
+    name = callable(choice) and keras.saving.get_registered_name(choice)
+    if not name or _registered(name) is not choice:
         raise ValueError(
             f"`{field}` must be one of {sorted(table)}, or a function that is "
             "registered, so that it can be saved by name: decorate it with "
@@ -211,7 +235,14 @@ LORA_RESTARTS = Recipe(
 RECIPES = {
     "paper": Recipe(),
     "lora_restarts": LORA_RESTARTS,
-    "adaptive": dataclasses.replace(LORA_RESTARTS, gate="flat_loss", stop=0.8),
+    "adaptive": dataclasses.replace(
+        LORA_RESTARTS,
+        schedule="by_life",
+        pair_life=0.05,
+        shortest_run=700,
+        reuse_directions=True,
+        stop=0.85,
+    ),
 }
 
 

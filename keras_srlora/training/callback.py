@@ -24,15 +24,13 @@ class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
     Without arguments it follows the recipe of the layers. The default recipe,
-    `"adaptive"`, recomposes nothing while the training loss falls: the run is
-    plain LoRA, and cannot be worse. Where the loss is flat, one recomposition
-    probes whether the rank is what limits the run; if the loss then falls
-    faster, recompositions are spread evenly over what is left, so that each
-    layer visits `target_rank` directions if the run is long enough for it.
+    `"adaptive"`, trains each pair for a twentieth of the run and at least 100
+    steps, then fuses it into the kernel and restarts its slot; after 0.85 of
+    the run the last pairs train on. A run of fewer than 700 steps is plain
+    LoRA.
 
     Expect a gain where the update that a task needs has a higher rank than the
-    adapter and the run is long enough for the loss to become flat; expect what
-    LoRA does where it still falls at the end.
+    adapter, data are plenty, and the run has thousands of steps.
 
     The length of the run is `epochs` times the steps of an epoch; where the
     data set does not say its size, it is known after the first epoch.
@@ -103,9 +101,10 @@ class RecompositionCallback(keras.callbacks.Callback):
         self.fusion_ratio = fusion_ratio
         # `recipe` becomes that of a run; the next starts from the argument.
         self._given_recipe = None if recipe is None else get_recipe(recipe)
-        self.recipe = self._given_recipe
+        self.recipe: Recipe | None = self._given_recipe
         self.verbose = verbose
-        self.recomposer: Recomposer | None = None
+        # Made with each `fit`; the hooks of Keras come after that.
+        self.recomposer: Recomposer = None  # type: ignore[assignment]
         self._running = False
         self._prepared = False
 
@@ -126,7 +125,7 @@ class RecompositionCallback(keras.callbacks.Callback):
     # compiled step must see is put in place here. It does so for `evaluate` and
     # `predict` too, which must leave the model as it is.
 
-    def set_model(self, model):
+    def set_model(self, model) -> None:
         if self._running and model is not self._model:
             raise ValueError(
                 f"This callback follows the run of model {self._model.name!r}, "
@@ -163,10 +162,10 @@ class RecompositionCallback(keras.callbacks.Callback):
             verbose=self.verbose,
         )
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs=None) -> None:
         self._withdraw()
 
-    def on_predict_begin(self, logs=None):
+    def on_predict_begin(self, logs=None) -> None:
         self._withdraw()
 
     def _withdraw(self):
@@ -175,7 +174,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._prepared = False
             wrapping.unwrap_optimizer(self._model)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs=None) -> None:
         if not self._prepared:
             # In a loop with a `CallbackList`, or after a `History` that was
             # passed to a `fit` before.
@@ -184,7 +183,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                 self._model.make_train_function()
         self._running = True
         self._epochs = (self.params or {}).get("epochs", 1)
-        self._epoch_steps = (self.params or {}).get("steps")
+        self._epoch_steps: int = (self.params or {}).get("steps") or 0
         self._step = None
         if self.recomposer.restored:
             # By another callback, `BackupAndRestore`.
@@ -192,7 +191,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                 self.recomposer, self._model, self._epoch_steps
             )
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch, logs=None) -> None:
         if self._step is None:
             # `initial_epoch` is not among the parameters; the first epoch is.
             self._epoch_steps = resume.begin_run(
@@ -214,11 +213,11 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     async_safe = True
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch, logs=None) -> None:
         # Calls may overtake each other; appending is safe from any thread.
         self._batches_ended.append(batch)
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch, logs=None) -> None:
         recomposer = self.recomposer
         wrapping.check_wrapped(
             self._model, self._outer_optimizer, recomposer.optimizer
@@ -237,7 +236,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                     self._stop_gate()
         recomposer.before_step(self._step)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch, logs=None) -> None:
         recomposer = self.recomposer
         learned = not self._epoch_steps
         if learned:
@@ -256,13 +255,13 @@ class RecompositionCallback(keras.callbacks.Callback):
                 self._stop_gate()
             else:
                 steps = self._epoch_steps
-                recomposer.report_loss(mean * steps, steps)
+                recomposer.report_loss(float(mean) * steps, steps)
                 recomposer.consult_gate(self._step)
         if logs is not None:
             events = self.events[self._events_before :]
             logs.update(_epoch_logs(events, recomposer.layers))
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs=None) -> None:
         self._running = False
         self._prepared = False
         wrapping.unwrap_optimizer(self._model)
