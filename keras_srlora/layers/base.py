@@ -9,6 +9,7 @@ remembers in `record.py`.
 from keras import ops
 
 from keras_srlora.backend import keras_private
+from keras_srlora.backend.arguments import as_python_number
 from keras_srlora.functional import contraction
 from keras_srlora.layers import pairs
 from keras_srlora.layers import weights_file
@@ -83,9 +84,10 @@ class SRLoRALayer:
         self, rank, target_rank, lora_alpha, recipe, decomposition, train_bias
     ):
         """Takes checked arguments, when built or when converted."""
-        self.rank = rank
-        self.target_rank = target_rank
-        self.lora_alpha = lora_alpha
+        # As Python's numbers, which a config in JSON can hold.
+        self.rank = int(rank)
+        self.target_rank = None if target_rank is None else int(target_rank)
+        self.lora_alpha = as_python_number(lora_alpha)
         self.recipe = recipe
         self.decomposition = decomposition
         self.train_bias = train_bias

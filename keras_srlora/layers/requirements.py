@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.arguments import is_integer
+from keras_srlora.backend.arguments import is_number
 from keras_srlora.backend.arguments import keras_version
 from keras_srlora.functional.decomposition import METHODS
 from keras_srlora.layers.frozen import MODES
@@ -30,7 +31,7 @@ def check_arguments(rank, target_rank, lora_alpha, decomposition):
             f"Received: {target_rank=}, {rank=}"
         )
     if lora_alpha is not None and not (
-        isinstance(lora_alpha, (int, float)) and 0 < lora_alpha < float("inf")
+        is_number(lora_alpha) and 0 < lora_alpha < float("inf")
     ):
         raise ValueError(
             f"`lora_alpha` must be a positive number. Received: {lora_alpha=}"

@@ -95,12 +95,20 @@ class Recipe:
         for field in TABLES:
             name = _name(field, getattr(self, field))
             object.__setattr__(self, field, name)
-        check_fraction("fusion_ratio", self.fusion_ratio, True, False)
-        check_fraction("stop", self.stop, True, False)
-        check_fraction("beta1", self.beta1, False, True)
-        check_fraction("beta2", self.beta2, False, True)
-        steps = check_count("steps_per_pair", self.steps_per_pair, "steps")
-        object.__setattr__(self, "steps_per_pair", steps)
+        numbers = {
+            "fusion_ratio": check_fraction(
+                "fusion_ratio", self.fusion_ratio, True, False
+            ),
+            "stop": check_fraction("stop", self.stop, True, False),
+            "beta1": check_fraction("beta1", self.beta1, False, True),
+            "beta2": check_fraction("beta2", self.beta2, False, True),
+            "steps_per_pair": check_count(
+                "steps_per_pair", self.steps_per_pair, "steps"
+            ),
+        }
+        # As Python's numbers, which JSON can hold.
+        for name, number in numbers.items():
+            object.__setattr__(self, name, number)
 
     @property
     def subtracts(self) -> bool:
