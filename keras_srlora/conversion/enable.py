@@ -19,6 +19,7 @@ from keras_srlora.functional.contraction import as_matrix
 from keras_srlora.layers.find import decompose_kernels
 from keras_srlora.layers.frozen import float_kernel
 from keras_srlora.layers.kinds import ADAPTED
+from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.placement import warn_of_whole_factors
 from keras_srlora.layers.requirements import check_arguments
 from keras_srlora.layers.requirements import check_finite_kernel
@@ -128,7 +129,8 @@ def enable_srlora(
         check_arguments(of_layer, target_rank, lora_alpha, decomposition)
         check_convertible(layer, of_layer)
     biases = find_biases(model, layers, bias)
-    with open_directions(directions, layers) as file:
+    paths = layer_paths(model)
+    with open_directions(directions, layers, paths) as file:
         convert_plain(model, layers, arguments, trained=biases)
         decompose_kernels(layers, file=file, verbose=verbose)
     return layers

@@ -12,6 +12,7 @@ from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.matching import check_record
 from keras_srlora.layers.matching import find_record
 from keras_srlora.layers.matching import take_back_record
+from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.layers.switched_off import check_switched_on
 
@@ -113,7 +114,8 @@ def initialize_factors(model, directions=None, verbose="auto") -> list:
         check_initializable(layer)
     fresh = [layer for layer in layers if not layer.initialized]
     placement.warn_of_whole_factors(fresh)
-    with open_directions(directions, fresh) as file:
+    paths = layer_paths(model)
+    with open_directions(directions, fresh, paths) as file:
         decompose_kernels(fresh, file=file, verbose=verbose)
     return layers
 
