@@ -1,5 +1,7 @@
 """What an adapter file holds of each layer, and whether it fits a model."""
 
+import re
+
 import numpy as np
 from keras import ops
 
@@ -37,6 +39,10 @@ DESCRIPTION = {
     "recipe": dict,
     "fingerprint": list,
 }
+# Fields that are written where they are not what they are here, so that other
+# files can be read by versions that do not know them.
+ADDED = {"use_rslora": False, "modules_to_save": []}
+TYPES = {**DESCRIPTION, "use_rslora": bool, "modules_to_save": list}
 TRAINABLE = "trainable"
 # Names of the factors in a file, whatever the layer calls them.
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
@@ -97,6 +103,10 @@ def record_of(arrays):
 
 def describe(layer):
     """What the metadata say of a layer."""
+    added = {
+        "use_rslora": getattr(layer, "use_rslora", False),
+        "modules_to_save": list(getattr(layer, "modules_to_save", ())),
+    }
     return {
         "path": layer.path,
         "class": PLAIN[type(layer)].__name__,
@@ -107,17 +117,32 @@ def describe(layer):
         "lora_alpha": layer.lora_alpha,
         "recipe": layer.recipe.to_dict(),
         "fingerprint": fingerprint(pairs.pretrained_matrix(layer)),
+        **{k: value for k, value in added.items() if value != ADDED[k]},
     }
 
 
 def arguments_of(saved):
     """The arguments that a layer of a file is converted with."""
-    return {
+    arguments = {
+        **adapter_arguments(saved),
         "rank": saved["rank"],
+        "decomposition": "auto",
+    }
+    for name in ADDED:
+        # `convert_plain` fills in what is as it is by default.
+        if not arguments[name]:
+            del arguments[name]
+    return arguments
+
+
+def adapter_arguments(saved):
+    """Those arguments of a layer that an adapter brings along."""
+    return {
         "target_rank": saved["target_rank"],
         "lora_alpha": saved["lora_alpha"],
+        "use_rslora": saved["use_rslora"],
+        "modules_to_save": tuple(saved["modules_to_save"]),
         "recipe": get_recipe(saved["recipe"]),
-        "decomposition": "auto",
     }
 
 
@@ -132,7 +157,9 @@ def open_adapter(filepath):
     found = []
     for saved in _descriptions(metadata, filepath):
         arrays = _take(tensors, f"{saved['path']}/")
-        scale = (saved["lora_alpha"] or saved["rank"]) / saved["rank"]
+        rank = saved["rank"]
+        divisor = rank**0.5 if saved["use_rslora"] else rank
+        scale = (saved["lora_alpha"] or rank) / divisor
         found.append((saved, arrays, record_of(arrays), scale))
     return found
 
@@ -151,15 +178,19 @@ def read_checked(model, filepath):
         by_path.setdefault(layer.path, []).append(layer)
     plans = []
     for saved in _descriptions(metadata, filepath):
-        layer = _find_layer(saved["path"], by_path, filepath)
+        layer = _find(saved["path"], by_path, "layer", filepath)
         arrays = _take(tensors, f"{saved['path']}/")
         _check_fits(layer, saved, arrays, filepath)
         plans.append((layer, saved, arrays))
-    variables = {v.path: v for v in model.variables}
-    others = _take(tensors, f"{TRAINABLE}/")
-    for path, array in others.items():
-        _check_variable(variables.get(path), path, array, filepath)
-    return plans, [(variables[path], array) for path, array in others.items()]
+    variables = {}
+    for variable in model.variables:
+        variables.setdefault(variable.path, []).append(variable)
+    others = []
+    for path, array in _take(tensors, f"{TRAINABLE}/").items():
+        variable = _find(path, variables, "variable", filepath)
+        _check_variable(variable, path, array, filepath)
+        others.append((variable, array))
+    return plans, others
 
 
 # Checks, all of them before the first change.
@@ -178,11 +209,16 @@ def _descriptions(metadata, filepath):
     if not isinstance(layers, list) or not layers:
         refuse("they name no layers")
     for saved in layers:
-        if not isinstance(saved, dict) or set(saved) != set(DESCRIPTION):
+        if not isinstance(saved, dict) or not (
+            set(DESCRIPTION) <= set(saved) <= set(TYPES)
+        ):
             refuse(f"a layer must have the fields {sorted(DESCRIPTION)}")
-        for name, types in DESCRIPTION.items():
+        saved |= {**ADDED, **saved}
+        for name, types in TYPES.items():
             if not isinstance(saved[name], types):
                 refuse(f"{name}={saved[name]!r}")
+        if not all(isinstance(x, str) for x in saved["modules_to_save"]):
+            refuse(f"modules_to_save={saved['modules_to_save']!r}")
         if not is_fingerprint(saved["fingerprint"]):
             refuse(f"fingerprint={saved['fingerprint']!r}")
         try:
@@ -198,15 +234,39 @@ def _descriptions(metadata, filepath):
     return layers
 
 
-def _find_layer(path, by_path, filepath):
+def _find(path, by_path, what, filepath):
+    """The one layer, or variable, of a path."""
     found = by_path.get(path, [])
-    if len(found) != 1:
-        raise ValueError(
-            f"{str(filepath)!r} is for a layer {path!r}; the model has "
-            f"{len(found)} of that path. Load it on the model that it was "
-            "trained on, built with the same names."
+    if len(found) == 1:
+        return found[0]
+    raise ValueError(
+        f"{str(filepath)!r} is for a {what} {path!r}; the model has "
+        f"{len(found)} of that path. {_explain_names(path, by_path)}"
+    )
+
+
+def _explain_names(path, by_path):
+    """What to do where a path is missing, or is there several times."""
+    counted = _without_numbers(path)
+    near = [p for p in by_path if p and _without_numbers(p) == counted]
+    if path in by_path or not near:
+        return (
+            "Load it on the model that it was trained on, built with the same "
+            "names."
         )
-    return found[0]
+    return (
+        "These are automatic names, which Keras counts up within a process: a "
+        "model that is built again, in the same notebook for example, has "
+        "others. Call `keras.utils.clear_session()` before the model is built, "
+        "each time, or give its layers names of their own, as in "
+        '`Dense(8, name="projection")`. '
+        f"Received: a model with {near[:3]}"
+    )
+
+
+def _without_numbers(path):
+    """Without what Keras appends to the names that it makes."""
+    return re.sub(r"_\d+(?=/|$)", "", path)
 
 
 def is_plain(layer):
@@ -312,13 +372,10 @@ def _row_count(array):
 
 
 def _check_variable(variable, path, array, filepath):
-    if variable is None or tuple(variable.shape) != array.shape:
-        received = "no such variable"
-        if variable is not None:
-            received = f"a shape of {tuple(variable.shape)}"
+    if tuple(variable.shape) != array.shape:
         raise ValueError(
             f"{str(filepath)!r} holds the trainable variable {path!r} of shape "
-            f"{array.shape}; the model has {received}."
+            f"{array.shape}; the model has a shape of {tuple(variable.shape)}."
         )
 
 

@@ -9,6 +9,7 @@ from keras_srlora.files.directions import open_directions
 from keras_srlora.layers import pairs
 from keras_srlora.layers import placement
 from keras_srlora.layers.base import SRLoRALayer
+from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.matching import check_record
 from keras_srlora.layers.matching import find_record
 from keras_srlora.layers.matching import take_back_record
@@ -113,6 +114,7 @@ def initialize_factors(model, directions=None, verbose="auto") -> list:
     for layer in layers:
         check_initializable(layer)
     fresh = [layer for layer in layers if not layer.initialized]
+    check_finite_factors(fresh)
     placement.warn_of_whole_factors(fresh)
     paths = layer_paths(model)
     with open_directions(directions, fresh, paths) as file:

@@ -250,24 +250,36 @@ def _computed_matrix(layer, stored):
 # Adapters.
 
 
-def restore_adapter(layer, a, b, lora_alpha, record):
+def restore_adapter(layer, a, b, arguments, record):
     """Takes over the factors and the record of another run.
 
     Args:
         layer: an SRLoRA layer.
         a: array of shape `(rank, in)`.
         b: array of shape `(rank, out)`.
-        lora_alpha: as in the constructor.
+        arguments: dict of those arguments of the layer that come with them:
+            `lora_alpha`, for one.
         record: a `Record` of the same pretrained kernel.
     """
-    pretrained = pretrained_matrix(layer)
-    layer.lora_alpha = lora_alpha
+    before = frozen_rows(layer, layer.record)
+    # By the scale that the layer has now.
+    pretrained = None if _is_nothing(before) else pretrained_matrix(layer)
+    for name, value in arguments.items():
+        setattr(layer, name, value)
     layer.record = record
     layer.companions.restore({})
     rows = frozen_rows(layer, record)
-    layer.frozen.store(effective_kernel(pretrained, *rows, 1.0), rows)
+    if not (_is_nothing(before) and _is_nothing(rows)):
+        if pretrained is None:
+            pretrained = layer.frozen.in_full()
+        layer.frozen.store(effective_kernel(pretrained, *rows, 1.0), rows)
     for factor, value in zip(layer.factors, (a, b)):
         factor.assign(value)
+
+
+def _is_nothing(rows):
+    """Whether nothing went into a kernel, which then stays as it is."""
+    return len(rows[0]) == 0
 
 
 def disable_adapter(layer):
