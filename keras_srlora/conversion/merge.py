@@ -4,6 +4,7 @@ import keras
 
 from keras_srlora.backend import keras_private
 from keras_srlora.conversion.containers import restore_plain_classes
+from keras_srlora.conversion.freezing import release
 from keras_srlora.layers.factors import remove_factors
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.requirements import check_initializable
@@ -41,6 +42,7 @@ def merge_srlora(model: keras.Model) -> list:
     for layer in layers:
         remove_factors(layer)
     restore_plain_classes(model, layers)
+    release([model])
     keras_private.drop_compiled_functions(model)
     _renew_optimizer(model)
     return layers

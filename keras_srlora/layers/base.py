@@ -54,6 +54,8 @@ class SRLoRALayer:
         recipe="adaptive",
         decomposition="auto",
         train_bias=True,
+        use_rslora=False,
+        modules_to_save=(),
         **kwargs,
     ):
         if kwargs.get("lora_rank") is not None:
@@ -61,7 +63,9 @@ class SRLoRALayer:
                 f"`{type(self).__name__}` takes `rank`, not Keras's "
                 f"`lora_rank`. Received: lora_rank={kwargs['lora_rank']}"
             )
-        check_arguments(rank, target_rank, lora_alpha, decomposition)
+        check_arguments(
+            rank, target_rank, lora_alpha, decomposition, use_rslora
+        )
         recipe = get_recipe(recipe)
         if kwargs.get("name") is None:
             # Keras would make "sr_lo_ra_dense" of the class's name.
@@ -76,11 +80,26 @@ class SRLoRALayer:
                 f"layer {self.name!r}."
             )
         self.set_arguments(
-            rank, target_rank, lora_alpha, recipe, decomposition, train_bias
+            rank,
+            target_rank,
+            lora_alpha,
+            recipe,
+            decomposition,
+            train_bias,
+            use_rslora,
+            modules_to_save,
         )
 
     def set_arguments(
-        self, rank, target_rank, lora_alpha, recipe, decomposition, train_bias
+        self,
+        rank,
+        target_rank,
+        lora_alpha,
+        recipe,
+        decomposition,
+        train_bias,
+        use_rslora=False,
+        modules_to_save=(),
     ):
         """Takes checked arguments, when built or when converted."""
         self.rank = rank
@@ -89,6 +108,8 @@ class SRLoRALayer:
         self.recipe = recipe
         self.decomposition = decomposition
         self.train_bias = train_bias
+        self.use_rslora = use_rslora
+        self.modules_to_save = tuple(modules_to_save)
         self.record = Record()
         self.companions = Companions()
 
@@ -171,8 +192,12 @@ class SRLoRALayer:
 
     @property
     def scale(self) -> float:
-        """`s = lora_alpha / rank`; 1 by default, as in the paper."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
+        """`s = lora_alpha / rank`; 1 by default, as in the paper.
+
+        With `use_rslora`, `lora_alpha / sqrt(rank)`.
+        """
+        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
+        return alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     @property
     def factors(self) -> tuple:
@@ -246,6 +271,7 @@ class SRLoRALayer:
     def get_arguments(self):
         """What SRLoRA adds to the arguments of the plain layer, for JSON."""
         arguments = {name: getattr(self, name) for name in ARGUMENTS}
+        arguments["modules_to_save"] = list(self.modules_to_save)
         # Its choices, not its name: what a name stands for may change.
         return {**arguments, "recipe": self.recipe.to_dict()}
 

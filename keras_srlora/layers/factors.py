@@ -15,6 +15,8 @@ ARGUMENTS = (
     "recipe",
     "decomposition",
     "train_bias",
+    "use_rslora",
+    "modules_to_save",
 )
 
 

@@ -15,7 +15,9 @@ from keras_srlora.layers.frozen import rows_beside_kernel
 QUANTIZED_SINCE = 3, 15
 
 
-def check_arguments(rank, target_rank, lora_alpha, decomposition):
+def check_arguments(
+    rank, target_rank, lora_alpha, decomposition, use_rslora=False
+):
     """Raises `ValueError` for arguments that no kernel could satisfy."""
     if not is_integer(rank) or rank <= 0:
         raise ValueError(
@@ -34,6 +36,10 @@ def check_arguments(rank, target_rank, lora_alpha, decomposition):
     ):
         raise ValueError(
             f"`lora_alpha` must be a positive number. Received: {lora_alpha=}"
+        )
+    if not isinstance(use_rslora, bool):
+        raise ValueError(
+            f"`use_rslora` must be `True` or `False`. Received: {use_rslora=}"
         )
     check_choice("decomposition", decomposition, METHODS)
 
