@@ -17,6 +17,7 @@ from keras_srlora.conversion.targets import find_by_pattern
 from keras_srlora.conversion.targets import find_modules
 from keras_srlora.conversion.targets import find_targets
 from keras_srlora.conversion.targets import refuse_converted
+from keras_srlora.conversion.targets import refuse_shared_kernels
 from keras_srlora.files.directions import open_directions
 from keras_srlora.functional.contraction import as_matrix
 from keras_srlora.layers.find import decompose_kernels
@@ -136,7 +137,9 @@ def enable_srlora(
     check_choice("bias", bias, BIASES)
     check_verbose(verbose)
     check_model(model)
-    modules = find_modules(model, modules_to_save or ())
+    modules = find_modules(
+        model, () if modules_to_save is None else modules_to_save
+    )
     layers = find_targets(
         model, target_layer_names, exclude_layer_names, modules
     )
@@ -226,6 +229,7 @@ def convert_plain(model, layers, arguments, trained=(), modules=()):
     Their kernels are not decomposed yet. Everything else that is pretrained is
     frozen, but for the variables in `trained` and the layers in `modules`.
     """
+    refuse_shared_kernels(model, layers)
     _warn_of_outer_model(model)
     freeze_base(model, layers, trained, modules)
     trained = {id(variable) for variable in trained}

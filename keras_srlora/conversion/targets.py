@@ -46,7 +46,6 @@ def find_targets(model, names, excluded=(), modules=()):
             f"exclude_layer_names={excluded!r}, "
             f"modules_to_save={[layer.path for layer in modules]}"
         )
-    _refuse_shared_kernels(everything, kept)
     return sorted(kept, key=lambda layer: layer.path or layer.name)
 
 
@@ -115,30 +114,6 @@ def _refuse_whole(targets, whole):
             )
 
 
-def _refuse_shared_kernels(everything, targets):
-    """Raises where another layer holds the kernel variable of a target.
-
-    It would go on with the frozen kernel alone, and a kernel that it writes is
-    not what was decomposed.
-    """
-    kernels = {
-        id(keras_private.stored_kernel(x)): x
-        for x in targets
-        if x.built and type(x) in ADAPTED
-    }
-    for layer in everything:
-        for variable in keras_private.variables_held(layer):
-            target = kernels.get(id(variable), layer)
-            if target is not layer:
-                raise ValueError(
-                    f"Layers {target.path!r} and {layer.path!r} "
-                    f"({type(layer).__name__}) hold the same kernel variable; "
-                    "an SRLoRA layer must be the only one that does. Name "
-                    f"{target.path!r} in `exclude_layer_names`, or let the "
-                    "other layer read `layer.kernel` when it is called."
-                )
-
-
 def _named_targets(model, everything, names):
     _check_names("target_layer_names", names)
     if not list(names):
@@ -170,11 +145,21 @@ def _matched(layers, name):
 
 
 def _check_names(argument, names):
-    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+    listed = isinstance(names, (list, tuple, set, frozenset, dict))
+    if not listed or not all(isinstance(n, str) and n for n in names):
         raise ValueError(
             f"`{argument}` must be a list of strings. "
             f"Received: {argument}={names!r}"
         )
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(
+                f"`{argument}` has a string that is no regular expression: "
+                f"{error}. A name is one, too; escape its special characters. "
+                f"Received: {name!r}"
+            ) from error
 
 
 def _refuse_name(argument, model, everything, name):
@@ -234,3 +219,24 @@ def refuse_converted(layers):
                 "`enable_srlora` (or is an SRLoRA layer). Call "
                 "`keras_srlora.merge_srlora(model)` first to start anew."
             )
+
+
+def refuse_shared_kernels(model, targets):
+    """Raises where another layer holds the kernel variable of a target.
+
+    It would go on with the frozen kernel alone, and a kernel that it writes is
+    not what was decomposed.
+    """
+    kernels = {id(keras_private.stored_kernel(x)): x for x in targets}
+    for layer in keras_private.flatten_layers(model):
+        for variable in keras_private.variables_held(layer):
+            target = kernels.get(id(variable), layer)
+            if target is not layer:
+                raise ValueError(
+                    f"Layers {target.path!r} and {layer.path!r} "
+                    f"({type(layer).__name__}) hold the same kernel variable; "
+                    "an SRLoRA layer must be the only one that does. Name "
+                    f"{target.path!r} in `exclude_layer_names`, or let the "
+                    "other layer read `layer.kernel` when it is called. "
+                    f"Received: the variable {variable.path!r}"
+                )

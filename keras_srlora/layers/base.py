@@ -17,6 +17,7 @@ from keras_srlora.layers.factors import ARGUMENTS
 from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_arguments
+from keras_srlora.layers.requirements import check_built
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.layers.requirements import check_quantization
 from keras_srlora.layers.requirements import check_rank
@@ -137,9 +138,10 @@ class SRLoRALayer:
     def enable_lora(self, *args, **kwargs):
         """Not available: the layer has its own factors."""
         raise ValueError(
-            f"Layer {self.path or self.name!r} is an SRLoRA layer and has "
-            "factors of its own; Keras's LoRA cannot be enabled beside them. "
-            "Call `keras_srlora.merge_srlora(model)` first."
+            f"Layer {self.path or self.name!r} is an SRLoRA layer, which has "
+            "factors of its own or will have them when it is built; Keras's "
+            "LoRA cannot be enabled beside them. Use a plain layer, or call "
+            "`keras_srlora.merge_srlora(model)` first."
         )
 
     # The step path.
@@ -202,6 +204,7 @@ class SRLoRALayer:
     @property
     def factors(self) -> tuple:
         """The two trained variables `(a, b)`, one pair a row."""
+        check_built(self)
         name_a, name_b = self.factor_names
         return getattr(self, name_a), getattr(self, name_b)
 
@@ -232,6 +235,7 @@ class SRLoRALayer:
             is): frozen kernel, before it was rounded to its dtype, plus scaled
             product of the factors.
         """
+        check_built(self)
         matrix = pairs.effective_matrix(self)
         return contraction.as_kernel(matrix, self.plan())
 

@@ -1,6 +1,7 @@
 """What a layer and its kernel must be like, checked before any change."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_srlora.backend.arguments import check_choice
@@ -32,7 +33,9 @@ def check_arguments(
             f"Received: {target_rank=}, {rank=}"
         )
     if lora_alpha is not None and not (
-        isinstance(lora_alpha, (int, float)) and 0 < lora_alpha < float("inf")
+        isinstance(lora_alpha, (int, float, np.integer, np.floating))
+        and not isinstance(lora_alpha, bool)
+        and 0 < lora_alpha < float("inf")
     ):
         raise ValueError(
             f"`lora_alpha` must be a positive number. Received: {lora_alpha=}"
@@ -88,14 +91,19 @@ def check_quantization(layer):
         )
 
 
-def check_initializable(layer):
-    """Raises `ValueError` where a layer's kernel cannot be decomposed."""
+def check_built(layer):
+    """Raises `ValueError` where a layer has no kernel yet."""
     if not layer.built:
         raise ValueError(
-            f"Layer {layer.name!r} is not built, so there is no kernel to "
-            "decompose. Build the model first: call it on a batch, or "
+            f"Layer {layer.name!r} is not built, so it has neither a kernel "
+            "nor factors. Build the model first: call it on a batch, or "
             "`model.build(input_shape)`, or start it with `keras.Input`."
         )
+
+
+def check_initializable(layer):
+    """Raises `ValueError` where a layer's kernel cannot be decomposed."""
+    check_built(layer)
     check_finite_kernel(float_kernel(layer), layer.path)
 
 
