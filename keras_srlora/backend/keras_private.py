@@ -349,6 +349,15 @@ def exchange_train_function(model, function):
     return old
 
 
+def compile_config(model):
+    """An object that `Model.compile` makes anew each time.
+
+    There is no public way to tell that a model was compiled again. Private:
+    `Trainer._compile_config`.
+    """
+    return getattr(model, "_compile_config", None)
+
+
 def keep_training(model, kept):
     """Keeps a wrapper and its compiled function with a model, for its next fit.
 
