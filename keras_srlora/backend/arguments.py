@@ -1,5 +1,7 @@
 """Checks of arguments, with errors that say what was received."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -20,7 +22,7 @@ def as_python_number(value: object):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def check_count(name: str, value: object, what: str, optional: bool = False):
+def check_count(name: str, value: Any, what: str, optional: bool = False):
     """Returns a positive whole number as an `int`; `None` where allowed.
 
     Args:

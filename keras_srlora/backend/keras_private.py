@@ -50,12 +50,12 @@ def config_lists_layers(layer):
     )
 
 
-def own_variables(layer):
-    """The trainable variables of a layer itself, without its sublayers'.
+def variables_held(layer):
+    """The variables that a layer itself holds, without its sublayers'.
 
-    Private: `Layer._trainable_variables`.
+    Private: `Layer._trainable_variables`, `Layer._non_trainable_variables`.
     """
-    return layer._trainable_variables
+    return layer._trainable_variables + layer._non_trainable_variables
 
 
 @contextlib.contextmanager
@@ -360,6 +360,15 @@ def exchange_train_function(model, function):
     old = model.train_function
     model.train_function = function
     return old
+
+
+def compile_config(model):
+    """An object that `Model.compile` makes anew each time.
+
+    There is no public way to tell that a model was compiled again. Private:
+    `Trainer._compile_config`.
+    """
+    return getattr(model, "_compile_config", None)
 
 
 def keep_training(model, kept):

@@ -2,6 +2,8 @@
 
 import warnings
 
+import keras
+
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.progress import Progress
 from keras_srlora.backend.progress import check_verbose
@@ -22,8 +24,12 @@ def srlora_layers(model) -> list:
     """The SRLoRA layers anywhere inside a model, ordered by their paths.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or `model` is no model.
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a `keras.Model`. Received: {model!r}"
+        )
     layers = [
         layer
         for layer in keras_private.flatten_layers(model)

@@ -103,9 +103,10 @@ class RecompositionCallback(keras.callbacks.Callback):
         self.fusion_ratio = fusion_ratio
         # `recipe` becomes that of a run; the next starts from the argument.
         self._given_recipe = None if recipe is None else get_recipe(recipe)
-        self.recipe = self._given_recipe
+        self.recipe: Recipe | None = self._given_recipe
         self.verbose = verbose
-        self.recomposer: Recomposer | None = None
+        # Made with each `fit`; the hooks of Keras come after that.
+        self.recomposer: Recomposer = None  # type: ignore[assignment]
         self._running = False
         self._prepared = False
 
@@ -126,7 +127,7 @@ class RecompositionCallback(keras.callbacks.Callback):
     # compiled step must see is put in place here. It does so for `evaluate` and
     # `predict` too, which must leave the model as it is.
 
-    def set_model(self, model):
+    def set_model(self, model) -> None:
         if self._running and model is not self._model:
             raise ValueError(
                 f"This callback follows the run of model {self._model.name!r}, "
@@ -184,7 +185,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                 self._model.make_train_function()
         self._running = True
         self._epochs = (self.params or {}).get("epochs", 1)
-        self._epoch_steps = (self.params or {}).get("steps")
+        self._epoch_steps: int = (self.params or {}).get("steps") or 0
         self._step = None
         if self.recomposer.restored:
             # By another callback, `BackupAndRestore`.
@@ -192,7 +193,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                 self.recomposer, self._model, self._epoch_steps
             )
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch, logs=None) -> None:
         if self._step is None:
             # `initial_epoch` is not among the parameters; the first epoch is.
             self._epoch_steps = resume.begin_run(
@@ -214,11 +215,11 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     async_safe = True
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch, logs=None) -> None:
         # Calls may overtake each other; appending is safe from any thread.
         self._batches_ended.append(batch)
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch, logs=None) -> None:
         recomposer = self.recomposer
         wrapping.check_wrapped(
             self._model, self._outer_optimizer, recomposer.optimizer
@@ -262,7 +263,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             events = self.events[self._events_before :]
             logs.update(_epoch_logs(events, recomposer.layers))
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs=None) -> None:
         self._running = False
         self._prepared = False
         wrapping.unwrap_optimizer(self._model)

@@ -30,25 +30,34 @@ def wrap_optimizer(model, layers, beta1, beta2):
     """
     outer, inner = split_optimizer(model)
     kept = keras_private.get_kept_training(model)
-    if kept is None or not kept.serves(outer, inner, layers, beta1, beta2):
+    if kept is None or not kept.serves(
+        model, outer, inner, layers, beta1, beta2
+    ):
+        if kept is not None:
+            kept.leave(model)
         wrapper = SensitivityOptimizer(inner, layers, beta1, beta2)
-        kept = _Kept(outer, wrapper)
-    put_in_place(model, outer, kept.wrapper)
+        kept = _Kept(model, outer, wrapper)
+        keras_private.keep_training(model, kept)
+    kept.enter(model)
     if not model.optimizer.built:
         # TensorFlow builds an optimizer in the first step.
         model.optimizer.build(model.trainable_variables)
-    kept.swap_functions(model)
-    keras_private.keep_training(model, kept)
     return kept.wrapper
 
 
 def unwrap_optimizer(model):
     """Gives a model its own optimizer back; the wrapper is kept."""
-    outer, inner = split_optimizer(model)
-    put_in_place(model, outer, inner)
     kept = keras_private.get_kept_training(model)
     if kept is not None:
-        kept.swap_functions(model)
+        kept.leave(model)
+    outer, inner = split_optimizer(model)
+    put_in_place(model, outer, inner)
+
+
+def is_wrapped_by(model, wrapper):
+    """Whether a model trains with a wrapper."""
+    optimizer = model.optimizer
+    return getattr(optimizer, "inner_optimizer", optimizer) is wrapper
 
 
 def check_wrapped(model, outer, wrapper):
@@ -59,9 +68,9 @@ def check_wrapped(model, outer, wrapper):
         outer: its `LossScaleOptimizer`, or `None`.
         wrapper: the `SensitivityOptimizer` inside.
     """
-    optimizer = model.optimizer
-    if getattr(optimizer, "inner_optimizer", optimizer) is wrapper:
+    if is_wrapped_by(model, wrapper):
         return
+    optimizer = model.optimizer
     # On JAX the state of the run is about to be written back.
     put_in_place(model, outer, wrapper)
     raise RuntimeError(
@@ -105,16 +114,20 @@ def _as_stock(outer, inner, name):
 class _Kept:
     """A wrapper, and the train function that is not in use."""
 
-    def __init__(self, outer, wrapper):
+    def __init__(self, model, outer, wrapper):
         self.outer = outer
         self.wrapper = wrapper
-        self.train_function = None
+        self._compiled = keras_private.compile_config(model)
+        self._train_function = None
+        self._entered = False
 
-    def serves(self, outer, inner, layers, beta1, beta2):
+    def serves(self, model, outer, inner, layers, beta1, beta2):
         """Whether a run with these can go on with what was compiled."""
         scores = self.wrapper.sensitivity
         return (
-            self.outer is outer
+            # A new object with each call of `compile`.
+            self._compiled is keras_private.compile_config(model)
+            and self.outer is outer
             and self.wrapper.unwrap() is inner
             and (scores.beta1, scores.beta2) == (beta1, beta2)
             and len(scores.layers) == len(layers)
@@ -122,8 +135,22 @@ class _Kept:
             and scores.is_attached
         )
 
-    def swap_functions(self, model):
-        """Exchanges the train functions with and without the wrapper."""
-        self.train_function = keras_private.exchange_train_function(
-            model, self.train_function
+    def enter(self, model):
+        """Puts the wrapper in place, with the function compiled for it."""
+        put_in_place(model, self.outer, self.wrapper)
+        if not self._entered:
+            # Not after a run that was interrupted: they are in place.
+            self._exchange_functions(model)
+            self._entered = True
+
+    def leave(self, model):
+        """The inverse of `enter`; nothing where `compile` came in between."""
+        if self._entered and is_wrapped_by(model, self.wrapper):
+            put_in_place(model, self.outer, self.wrapper.unwrap())
+            self._exchange_functions(model)
+        self._entered = False
+
+    def _exchange_functions(self, model):
+        self._train_function = keras_private.exchange_train_function(
+            model, self._train_function
         )

@@ -129,7 +129,7 @@ def steps_of(loss="mse", kind=None):
         verbose=0,
         callbacks=[callback],
     )
-    return [event.step for event in callback.events]
+    return [event.step for event in callback.record]
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ def test_a_callback_outside_of_fit_leaves_the_model_as_it_is(method, when, rng):
     assert_unchanged(model, before[0])
     assert_same_variables(adam.variables, before[1])
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[callback])
-    assert callback.events and model.optimizer is adam
+    assert callback.record and model.optimizer is adam
 
 
 @pytest.mark.parametrize("method", ["evaluate", "predict"])
@@ -431,7 +431,7 @@ def test_an_interval_may_be_an_integer_of_numpy(kind, rng):
     model, x, y = model_and_data(rng, "adam", "paper")
     callback = RecompositionCallback(interval=kind(2), verbose=kind(0))
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[callback])
-    assert {event.step for event in callback.events} == {2}
+    assert {event.step for event in callback.record} == {2}
     json.dumps(callback.to_dict())
 
 
@@ -441,7 +441,7 @@ def test_fractions_may_be_numbers_of_numpy(kind, rng):
     beta = kind(0) if kind is np.int64 else kind(0.85)
     callback = RecompositionCallback(2, kind(1), beta, beta)
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[callback])
-    assert callback.events
+    assert callback.record
     json.dumps(callback.to_dict())
     keras_srlora.Sensitivity(keras_srlora.initialize_factors(model), beta, beta)
 
