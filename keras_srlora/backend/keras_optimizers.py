@@ -26,38 +26,34 @@ def build_again(optimizer, variables):
     parts = [optimizer]
     if hasattr(optimizer, "inner_optimizer"):  # a `LossScaleOptimizer`
         parts.append(optimizer.inner_optimizer)
-    before = [_state(part) for part in parts]
+    before = [(part, dict(vars(part)), list(part._variables)) for part in parts]
     try:
         for part in parts:
             _set_variables(part, [])
-            part._trainable_variables_indices.clear()
+            part._trainable_variables_indices = {}
             part.built = False
         optimizer.build(variables)
     except Exception:
-        for part, (attributes, own, indices) in zip(parts, before):
+        for part, attributes, _ in before:
             vars(part).clear()
             vars(part).update(attributes)
-            _set_variables(part, own)
-            part._trainable_variables_indices.update(indices)
+            _set_variables(part, part._variables)
         raise
-    for part, (_, own, _) in zip(parts, before):
+    for part, _, own in before:
         # Made with the optimizer, not when it was built, such as the learning
         # rate.
         held = set(map(id, vars(part).values()))
         own = [v for v in own if id(v) in held]
-        _set_variables(part, own + part._variables)
+        _set_variables(part, [*own, *part._variables])
         part._iterations.assign(0)
 
 
-def _state(optimizer):
-    return (
-        dict(vars(optimizer)),
-        list(optimizer._variables),
-        dict(optimizer._trainable_variables_indices),
-    )
-
-
 def _set_variables(optimizer, variables):
-    # In place: the tracker has the same list.
-    optimizer._variables[:] = variables
-    optimizer._tracker.stored_ids["variables"] = set(map(id, variables))
+    # As in `Optimizer.__init__`, where the list is made before the tracker: it
+    # would be tracked itself. A new one: TensorFlow counts what is removed.
+    tracker = vars(optimizer).pop("_tracker")
+    optimizer._variables = list(variables)
+    optimizer._tracker = tracker
+    is_variable, _ = tracker.config["variables"]
+    tracker.config["variables"] = is_variable, optimizer._variables
+    tracker.stored_ids["variables"] = set(map(id, variables))

@@ -50,12 +50,12 @@ def config_lists_layers(layer):
     )
 
 
-def own_variables(layer):
-    """The trainable variables of a layer itself, without its sublayers'.
+def variables_held(layer):
+    """The variables that a layer itself holds, without its sublayers'.
 
-    Private: `Layer._trainable_variables`.
+    Private: `Layer._trainable_variables`, `Layer._non_trainable_variables`.
     """
-    return layer._trainable_variables
+    return layer._trainable_variables + layer._non_trainable_variables
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import keras
 
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.keras_private import inside
+from keras_srlora.conversion.freezing import set_trainable_flags
+from keras_srlora.conversion.freezing import trainable_flags
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.kinds import ADAPTED
@@ -86,7 +88,7 @@ class Converted:
                 {"place": place, "arguments": layer.get_arguments()}
                 for place, layer in _adapted(self).items()
             ],
-            "trainable": _trainable_flags(self),
+            "trainable": trainable_flags(self),
         }
 
     @classmethod
@@ -185,7 +187,7 @@ def _convert_as_saved(container, config):
         ],
     )
     keras_private.refresh_torch_parameters(container)
-    _set_trainable_flags(container, config["trainable"])
+    set_trainable_flags(container, config["trainable"])
 
 
 def _missing(container, config):
@@ -231,26 +233,3 @@ _register = keras.saving.register_keras_serializable(
     "keras_srlora", "Converted"
 )
 _register(Converted)
-
-
-def _trainable_flags(container):
-    """`[[of the layer, [of its own variables]], ...]`, as 0 and 1."""
-    return [
-        [
-            int(layer.trainable),
-            [int(v.trainable) for v in keras_private.own_variables(layer)],
-        ]
-        for layer in keras_private.flatten_layers(container)
-    ]
-
-
-def _set_trainable_flags(container, flags):
-    layers = keras_private.flatten_layers(container)
-    # An outer layer comes first, and sets those inside of it.
-    for layer, (flag, _) in zip(layers, flags):
-        if layer.trainable != bool(flag):
-            layer.trainable = bool(flag)
-    for layer, (_, own) in zip(layers, flags):
-        for variable, flag in zip(keras_private.own_variables(layer), own):
-            if variable.trainable != bool(flag):
-                variable.trainable = bool(flag)

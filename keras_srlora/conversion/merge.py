@@ -3,6 +3,7 @@
 import keras
 
 from keras_srlora.conversion.containers import restore_plain_classes
+from keras_srlora.conversion.freezing import release
 from keras_srlora.conversion.holders import Holders
 from keras_srlora.layers import pairs
 from keras_srlora.layers.factors import remove_factors
@@ -61,4 +62,5 @@ def make_plain(holders, layers):
     for layer in layers:
         remove_factors(layer)
     restore_plain_classes(holders.containers(), layers)
+    release(holders.models)
     holders.follow()

@@ -21,6 +21,7 @@ from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_arguments
+from keras_srlora.layers.requirements import check_built
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.layers.requirements import check_quantization
 from keras_srlora.layers.requirements import check_rank
@@ -58,6 +59,8 @@ class SRLoRALayer:
         recipe="adaptive",
         decomposition="auto",
         train_bias=True,
+        use_rslora=False,
+        modules_to_save=(),
         **kwargs,
     ):
         if kwargs.get("lora_rank") is not None:
@@ -65,7 +68,9 @@ class SRLoRALayer:
                 f"`{type(self).__name__}` takes `rank`, not Keras's "
                 f"`lora_rank`. Received: lora_rank={kwargs['lora_rank']}"
             )
-        check_arguments(rank, target_rank, lora_alpha, decomposition)
+        check_arguments(
+            rank, target_rank, lora_alpha, decomposition, use_rslora
+        )
         recipe = get_recipe(recipe)
         if kwargs.get("name") is None:
             # Keras would make "sr_lo_ra_dense" of the class's name.
@@ -80,11 +85,26 @@ class SRLoRALayer:
                 f"layer {self.name!r}."
             )
         self.set_arguments(
-            rank, target_rank, lora_alpha, recipe, decomposition, train_bias
+            rank,
+            target_rank,
+            lora_alpha,
+            recipe,
+            decomposition,
+            train_bias,
+            use_rslora,
+            modules_to_save,
         )
 
     def set_arguments(
-        self, rank, target_rank, lora_alpha, recipe, decomposition, train_bias
+        self,
+        rank,
+        target_rank,
+        lora_alpha,
+        recipe,
+        decomposition,
+        train_bias,
+        use_rslora=False,
+        modules_to_save=(),
     ):
         """Takes checked arguments, when built or when converted."""
         # As Python's numbers, which a config in JSON can hold.
@@ -94,6 +114,8 @@ class SRLoRALayer:
         self.recipe = recipe
         self.decomposition = decomposition
         self.train_bias = train_bias
+        self.use_rslora = use_rslora
+        self.modules_to_save = tuple(modules_to_save)
         self.record = Record()
         self.companions = Companions()
 
@@ -121,9 +143,10 @@ class SRLoRALayer:
     def enable_lora(self, *args, **kwargs):
         """Not available: the layer has its own factors."""
         raise ValueError(
-            f"Layer {self.path or self.name!r} is an SRLoRA layer and has "
-            "factors of its own; Keras's LoRA cannot be enabled beside them. "
-            "Call `keras_srlora.merge_srlora(model)` first."
+            f"Layer {self.path or self.name!r} is an SRLoRA layer, which has "
+            "factors of its own or will have them when it is built; Keras's "
+            "LoRA cannot be enabled beside them. Use a plain layer, or call "
+            "`keras_srlora.merge_srlora(model)` first."
         )
 
     @property
@@ -188,12 +211,17 @@ class SRLoRALayer:
 
     @property
     def scale(self) -> float:
-        """`s = lora_alpha / rank`; 1 by default, as in the paper."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
+        """`s = lora_alpha / rank`; 1 by default, as in the paper.
+
+        With `use_rslora`, `lora_alpha / sqrt(rank)`.
+        """
+        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
+        return alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     @property
     def factors(self) -> tuple:
         """The two trained variables `(a, b)`, one pair a row."""
+        check_built(self)
         name_a, name_b = self.factor_names
         return getattr(self, name_a), getattr(self, name_b)
 
@@ -224,6 +252,7 @@ class SRLoRALayer:
             is): frozen kernel, before it was rounded to its dtype, plus scaled
             product of the factors.
         """
+        check_built(self)
         matrix = pairs.effective_matrix(self)
         return contraction.as_kernel(matrix, self.plan())
 
@@ -264,6 +293,7 @@ class SRLoRALayer:
     def get_arguments(self):
         """What SRLoRA adds to the arguments of the plain layer, for JSON."""
         arguments = {name: getattr(self, name) for name in ARGUMENTS}
+        arguments["modules_to_save"] = list(self.modules_to_save)
         # Its choices, not its name: what a name stands for may change.
         return {**arguments, "recipe": self.recipe.to_dict()}
 

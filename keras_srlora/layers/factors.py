@@ -16,6 +16,8 @@ ARGUMENTS = (
     "recipe",
     "decomposition",
     "train_bias",
+    "use_rslora",
+    "modules_to_save",
 )
 
 

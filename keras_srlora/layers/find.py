@@ -2,6 +2,8 @@
 
 import warnings
 
+import keras
+
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.progress import Progress
 from keras_srlora.backend.progress import check_verbose
@@ -13,6 +15,7 @@ from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.matching import check_record
 from keras_srlora.layers.matching import find_record
 from keras_srlora.layers.matching import take_back_record
+from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.layers.switched_off import check_switched_on
 
@@ -21,8 +24,12 @@ def srlora_layers(model) -> list:
     """The SRLoRA layers anywhere inside a model, ordered by their paths.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or `model` is no model.
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a `keras.Model`. Received: {model!r}"
+        )
     layers = [
         layer
         for layer in keras_private.flatten_layers(model)
@@ -115,7 +122,8 @@ def initialize_factors(model, directions=None, verbose="auto") -> list:
     fresh = [layer for layer in layers if not layer.initialized]
     check_finite_factors(fresh)
     placement.warn_of_whole_factors(fresh)
-    with open_directions(directions, fresh) as file:
+    paths = layer_paths(model)
+    with open_directions(directions, fresh, paths) as file:
         decompose_kernels(fresh, file=file, verbose=verbose)
     return layers
 

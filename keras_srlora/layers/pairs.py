@@ -146,7 +146,7 @@ def _decompose(layer, file):
     arguments = matrix, layer.direction_count, layer.decomposition
     if file is None:
         return decomposition.decompose(*arguments)
-    return file.decompose(layer.path, *arguments)
+    return file.decompose(layer, *arguments)
 
 
 def is_untrained(layer):

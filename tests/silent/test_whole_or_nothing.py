@@ -39,7 +39,7 @@ def recomposed_encoder(rng, recipe="paper"):
     x, y = batch(rng, 64), batch(rng, 64)
     callback = keras_srlora.RecompositionCallback(interval=3)
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[callback])
-    assert callback.record
+    assert callback.events
     return model
 
 
@@ -344,8 +344,9 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("factor", [0, 1])
+@pytest.mark.parametrize(
+    "value, factor", [(np.nan, 0), (np.nan, 1), (-np.inf, 1)]
+)
 def test_factors_that_are_not_finite_are_refused(
     writer, value, factor, tmp_path
 ):
