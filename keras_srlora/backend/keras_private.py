@@ -5,6 +5,7 @@ Each function says what it needs and why no public way does it.
 """
 
 import contextlib
+import gc
 import re
 
 import keras
@@ -49,12 +50,12 @@ def config_lists_layers(layer):
     )
 
 
-def own_variables(layer):
-    """The trainable variables of a layer itself, without its sublayers'.
+def variables_held(layer):
+    """The variables that a layer itself holds, without its sublayers'.
 
-    Private: `Layer._trainable_variables`.
+    Private: `Layer._trainable_variables`, `Layer._non_trainable_variables`.
     """
-    return layer._trainable_variables
+    return layer._trainable_variables + layer._non_trainable_variables
 
 
 @contextlib.contextmanager
@@ -237,14 +238,6 @@ def replace_quantized_kernel(layer, kernel):
     layer._kernel.assign(kernel)
 
 
-def is_part_of_another_model(model):
-    """Whether the model was called as a layer of another functional model.
-
-    Private: `Operation._inbound_nodes`.
-    """
-    return bool(model._inbound_nodes)
-
-
 def output_layers(model):
     """The layers that make a model's outputs; none of a subclassed model.
 
@@ -326,15 +319,35 @@ def is_stock_optimizer(optimizer):
     return type(optimizer).__module__.startswith("keras.")
 
 
+def living_models(layers):
+    """All models of this process that hold one of some layers.
+
+    Keras does not know which models a layer is a part of: the layer of a
+    functional, a sequential and a subclassed model is the same object in each
+    of them. The garbage collector knows all objects.
+    """
+    wanted = set(map(id, layers))
+    return [
+        model
+        for model in gc.get_objects()
+        if issubclass(type(model), keras.Model)
+        # One whose `__init__` raised has no layers yet.
+        and hasattr(model, "_layers")
+        and inside(model) & wanted
+    ]
+
+
 def drop_compiled_functions(model):
     """Makes the model trace its functions anew the next time.
 
     `Model.compile` sets the same three attributes to `None`. Their names are
-    public (`Model.train_function`), setting them is not documented.
+    public (`Model.train_function`), setting them is not documented. A subclass
+    that compiles more, as KerasHub's `generate`, makes it alike: what
+    `make_generate_function` returns is kept as `generate_function`.
     """
-    model.train_function = None
-    model.test_function = None
-    model.predict_function = None
+    for name in list(vars(model)):
+        if name.endswith("_function") and hasattr(model, f"make_{name}"):
+            setattr(model, name, None)
     keep_training(model, None)
 
 
@@ -381,3 +394,24 @@ def refresh_torch_parameters(model):
         return
     for layer in flatten_layers(model):
         layer._track_variables()
+
+
+def builds_when_called(layer):
+    """Whether a layer has no `build` that makes what is inside of it.
+
+    Keras then builds it by a symbolic call. A model is built from its config.
+    Private: the mark that `keras.src.utils.python_utils.default` leaves.
+    """
+    default = getattr(layer.build, "_is_default", False)
+    return default and not isinstance(layer, keras.Model)
+
+
+def in_symbolic_call():
+    """Whether the code runs in the symbolic call of a layer.
+
+    Variables that are made in there have no values until it ends. Keras exports
+    the scope, `keras.StatelessScope`, but not the question.
+    """
+    from keras.src.backend.common import stateless_scope
+
+    return stateless_scope.in_stateless_scope()

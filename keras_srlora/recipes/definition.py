@@ -113,11 +113,17 @@ class Recipe:
         for field in TABLES:
             name = _name(field, getattr(self, field))
             object.__setattr__(self, field, name)
-        check_fraction("fusion_ratio", self.fusion_ratio, True, False)
-        check_fraction("stop", self.stop, True, False)
-        check_fraction("pair_life", self.pair_life, False, True)
-        check_fraction("beta1", self.beta1, False, True)
-        check_fraction("beta2", self.beta2, False, True)
+        # As Python's numbers, which JSON can hold.
+        for field, low_open, high_open in (
+            ("fusion_ratio", True, False),
+            ("stop", True, False),
+            ("pair_life", False, True),
+            ("beta1", False, True),
+            ("beta2", False, True),
+        ):
+            number = getattr(self, field)
+            number = check_fraction(field, number, low_open, high_open)
+            object.__setattr__(self, field, number)
         for field in ("steps_per_pair", "shortest_run"):
             steps = check_count(field, getattr(self, field), "steps")
             object.__setattr__(self, field, steps)

@@ -96,7 +96,7 @@ def recompose(
         keras_srlora.recompose(optimizer.sensitivity, optimizer, step)
     ```
     """
-    layers = sensitivity.layers
+    layers, step = sensitivity.layers, int(step)
     for layer in layers:
         if not layer.initialized:
             raise ValueError(
