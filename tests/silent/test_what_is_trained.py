@@ -380,7 +380,7 @@ def test_layers_of_several_calls_train_and_recompose(rng):
     callback = keras_srlora.RecompositionCallback(interval=2)
     x, y = batch(rng, 48), batch(rng, 48, 3)
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[callback])
-    recomposed = {event.layer.split("/")[-1] for event in callback.record}
+    recomposed = {event.layer.split("/")[-1] for event in callback.events}
     assert recomposed == set(NAMES)
 
 
