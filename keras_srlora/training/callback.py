@@ -139,10 +139,9 @@ class RecompositionCallback(keras.callbacks.Callback):
             layers, self._given_recipe, self.fusion_ratio
         )
         preparation.check_model(model, layers)
-        _, inner = wrapping.split_optimizer(model)
+        outer, inner = wrapping.split_optimizer(model)
         preparation.check_run(layers, recipe, inner)
-        self.recipe = recipe
-        self._outer_optimizer, _ = wrapping.split_optimizer(model)
+        self.recipe, self._outer_optimizer = recipe, outer
         with devices.strategy_scope(model):
             wrapper = wrapping.wrap_optimizer(
                 model, layers, recipe.beta1, recipe.beta2
@@ -225,9 +224,8 @@ class RecompositionCallback(keras.callbacks.Callback):
         sums = tuple(
             float(ops.convert_to_numpy(v)) for v in (loss.total, loss.count)
         )
-        total, count = np.subtract(sums, self._losses_read)
-        self._losses_read = sums
-        return total, count
+        before, self._losses_read = self._losses_read, sums
+        return np.subtract(sums, before)
 
     def on_epoch_end(self, epoch, logs=None):
         recomposer = self.recomposer
