@@ -46,8 +46,10 @@ def layer_arrays(layer):
     """The arrays of a layer's part of a file, `{name: array}`."""
     record = layer.record
     arrays = record.to_arrays()
-    # A used direction that was not subtracted has no further purpose.
-    kept = np.flatnonzero(~record.used | (record.anchors != 0))
+    # A used direction that was not subtracted has no further purpose, unless
+    # directions come again.
+    again = layer.recipe.reuse_directions
+    kept = np.flatnonzero(~record.used | (record.anchors != 0) | again)
     arrays["kept"] = kept
     for name in ("left", "right"):
         arrays[name] = arrays[name][kept]
@@ -73,7 +75,7 @@ def _shapes(rank, in_features, out_features, directions, kept, fused):
         "kept": ((kept,), "i"),
         "singular_values": ((directions,), "f"),
         "anchors": ((directions,), "f"),
-        "used": ((directions,), "i"),
+        "visits": ((directions,), "i"),
         "slot_direction": ((rank,), "i"),
         "slot_started": ((rank,), "i"),
         "events": ((fused, len(EVENT)), "f"),
@@ -267,7 +269,8 @@ def _check_arrays(kernel_shape, saved, arrays, file):
             f"which is {kernel_shape[0]} x {kernel_shape[1]} as a matrix."
         )
     kept, fused = (_row_count(arrays.get(x)) for x in ("kept", "fused_a"))
-    if fused > saved["target_rank"]:
+    again = get_recipe(saved["recipe"]).reuse_directions
+    if fused > saved["target_rank"] and not again:
         raise ValueError(
             f"{file!r} is damaged: in layer {saved['path']!r} more pairs were "
             f"fused ({fused}) than its {saved['target_rank']} directions are "

@@ -1,5 +1,7 @@
 """Checks of arguments, with errors that say what was received."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -9,7 +11,7 @@ def is_integer(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def check_count(name: str, value: object, what: str, optional: bool = False):
+def check_count(name: str, value: Any, what: str, optional: bool = False):
     """Returns a positive whole number as an `int`; `None` where allowed.
 
     Args:

@@ -8,6 +8,7 @@ its fingerprint.
 import contextlib
 import pathlib
 import warnings
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +61,10 @@ class DirectionsFile:
     def __init__(self, filepath):
         self._path = pathlib.Path(filepath)
         self._open = contextlib.ExitStack()
-        self._tensors, self._saved = {}, {}
-        self._wanted, self._new = 0, {}
+        self._tensors: Any = {}
+        self._saved: dict = {}
+        self._wanted = 0
+        self._new: dict = {}
         if self._path.exists():
             with contextlib.ExitStack() as stack:
                 self._tensors, metadata = stack.enter_context(

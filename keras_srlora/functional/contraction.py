@@ -104,8 +104,8 @@ def is_identity(axes):
 
 def dense(input_ndim, in_features, out_features):
     """The contraction of `keras.layers.Dense`: nothing is permuted."""
-    *batch, contracted, out = string.ascii_lowercase[: input_ndim + 1]
-    batch = "".join(batch)
+    letters = string.ascii_lowercase[: input_ndim + 1]
+    batch, contracted, out = letters[:-2], letters[-2], letters[-1]
     return Contraction(
         equation=f"{batch}{contracted},{contracted}{out}->{batch}{out}",
         in_shape=(in_features,),

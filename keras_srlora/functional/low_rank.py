@@ -7,7 +7,7 @@ A kernel's update is `aᵀ @ b`, with one pair a row of either factor: `a` is
 import numpy as np
 
 
-def thin_svd(a, b):
+def thin_svd(a, b) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Singular value decomposition of `aᵀ @ b`, by way of two thin QRs.
 
     Returns:
@@ -20,7 +20,9 @@ def thin_svd(a, b):
     return without_rounding(q_a @ left, values, right @ q_b.T)
 
 
-def without_rounding(left, values, right):
+def without_rounding(
+    left, values, right
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Leaves out the singular values that are zero but for rounding."""
     side = max(len(left), right.shape[1])
     least = values[:1].sum() * side * np.finfo("float32").eps

@@ -1,5 +1,7 @@
 """What trains with a layer and is saved with it, beside its variables."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -15,8 +17,8 @@ class Companions:
     """
 
     def __init__(self):
-        self._parts = {}
-        self._waiting = {}
+        self._parts: dict[str, Any] = {}
+        self._waiting: dict[str, dict] = {}
 
     def attach(self, name: str, part) -> dict:
         """Attaches a part, in place of the last one of this name.
@@ -59,7 +61,9 @@ class Companions:
 
     def restore(self, arrays: dict) -> None:
         """The inverse of `to_arrays`; parts without arrays start anew."""
-        given = {name: {} for name in {**self._waiting, **self._parts}}
+        given: dict[str, dict] = {
+            name: {} for name in {**self._waiting, **self._parts}
+        }
         for full_name, array in arrays.items():
             name, _, key = full_name.partition(".")
             if key:

@@ -5,6 +5,8 @@ Functions of a layer's frozen kernel (`layer.frozen`), its two factors, its
 `restore_adapter` and `disable_adapter`, whose purpose that is.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -20,10 +22,12 @@ from keras_srlora.functional.fusion import relative_change
 from keras_srlora.layers.record import Record
 
 
-def factor_values(layer):
+def factor_values(layer) -> tuple[Any, Any]:
     """The factors as tensors that no gradient flows through."""
-    return tuple(
-        ops.stop_gradient(ops.convert_to_tensor(v)) for v in layer.factors
+    a, b = layer.factors
+    return (
+        ops.stop_gradient(ops.convert_to_tensor(a)),
+        ops.stop_gradient(ops.convert_to_tensor(b)),
     )
 
 
@@ -78,7 +82,7 @@ def pretrained_matrix(layer):
     return effective_kernel(layer.frozen.in_full(), *rows, -1.0)
 
 
-def frozen_rows(layer, record):
+def frozen_rows(layer, record) -> tuple[np.ndarray, np.ndarray]:
     """What a record says is in the frozen kernel, as two factors."""
     if record.initialized:
         return record.frozen_rows(layer.scale)
@@ -233,7 +237,7 @@ def _restart(layer, slots, indices, scale, fuse=False):
     if fuse:
         record.add_fused(*(x[slots] for x in factors_to_numpy(layer)))
     record.anchors[indices] = layer.scale * scale_a * scale_b
-    record.used[indices] = True
+    record.visits[indices] += 1
     record.slot_direction[slots] = indices
     frozen.store(kernel, frozen_rows(layer, record))
     factor_a.assign(a)

@@ -31,7 +31,7 @@ class Record:
             layer is initialised.
         anchors: float32, `(t,)`. Coefficient with which a direction was
             subtracted from the kernel when a pair started along it.
-        used: bool, `(t,)`. Directions that a pair started along.
+        visits: int, `(t,)`. How many pairs started along each direction.
         slot_direction: int, `(r,)`. Direction in each slot, -1 for none.
         slot_started: int, `(r,)`. Step at which the slot's pair started.
         fused_a: float32, `(m, in)`. The pairs that were fused, in order.
@@ -39,14 +39,15 @@ class Record:
         events: float64, `(m, 5)`, with columns `EVENT`.
     """
 
-    directions: Directions | None = None
-    anchors: np.ndarray | None = None
-    used: np.ndarray | None = None
-    slot_direction: np.ndarray | None = None
-    slot_started: np.ndarray | None = None
-    fused_a: np.ndarray | None = None
-    fused_b: np.ndarray | None = None
-    events: np.ndarray | None = None
+    # All `None` in a layer that is not initialised, where nobody asks.
+    directions: Directions = None  # type: ignore[assignment]
+    anchors: np.ndarray = None  # type: ignore[assignment]
+    visits: np.ndarray = None  # type: ignore[assignment]
+    slot_direction: np.ndarray = None  # type: ignore[assignment]
+    slot_started: np.ndarray = None  # type: ignore[assignment]
+    fused_a: np.ndarray = None  # type: ignore[assignment]
+    fused_b: np.ndarray = None  # type: ignore[assignment]
+    events: np.ndarray = None  # type: ignore[assignment]
 
     @classmethod
     def start(cls, directions: Directions, rank: int) -> Record:
@@ -55,7 +56,7 @@ class Record:
         return cls(
             directions=directions,
             anchors=np.zeros(count, "float32"),
-            used=np.zeros(count, "bool"),
+            visits=np.zeros(count, "int64"),
             slot_direction=np.full(rank, NO_DIRECTION, "int64"),
             slot_started=np.zeros(rank, "int64"),
             fused_a=np.zeros((0, directions.left.shape[1]), "float32"),
@@ -68,9 +69,14 @@ class Record:
         return self.directions is not None
 
     @property
+    def used(self) -> np.ndarray:
+        """Which directions a pair started along; bool, `(t,)`."""
+        return self.visits > 0
+
+    @property
     def unused(self) -> np.ndarray:
         """Indices of the directions that no pair started along yet."""
-        return np.flatnonzero(~self.used)
+        return np.flatnonzero(self.visits == 0)
 
     @property
     def starts_as_lora(self) -> bool:
@@ -78,17 +84,17 @@ class Record:
         restarted = self.events[:, EVENT.index("direction")]
         return len(np.setdiff1d(np.flatnonzero(self.used), restarted)) == 0
 
-    def add_fused(self, a, b):
+    def add_fused(self, a, b) -> None:
         """Keeps pairs that go into the frozen kernel."""
         self.fused_a = np.concatenate([self.fused_a, a])
         self.fused_b = np.concatenate([self.fused_b, b])
 
-    def add_events(self, columns):
+    def add_events(self, columns) -> None:
         """Notes what happened to fused pairs: `{column of EVENT: array}`."""
         rows = np.stack([columns[name] for name in EVENT], axis=1)
         self.events = np.concatenate([self.events, rows])
 
-    def frozen_rows(self, scale):
+    def frozen_rows(self, scale) -> tuple[np.ndarray, np.ndarray]:
         """What went into the frozen kernel since the pretrained one.
 
         Returns:
@@ -139,9 +145,10 @@ class Record:
             for name in ("step", "slot", "direction")
         )
         undone = direction[count:]
-        anchors, used = self.anchors.copy(), self.used.copy()
-        anchors[undone], used[undone] = 0.0, False
-        first = np.setdiff1d(np.flatnonzero(used), direction)
+        anchors, visits = self.anchors.copy(), self.visits.copy()
+        anchors[undone] = 0.0
+        np.subtract.at(visits, undone, 1)
+        first = np.setdiff1d(np.flatnonzero(visits), direction)
         slot_direction = np.full_like(self.slot_direction, NO_DIRECTION)
         slot_direction[: len(first)] = first
         slot_started = np.zeros_like(self.slot_started)
@@ -151,7 +158,7 @@ class Record:
         return dataclasses.replace(
             self,
             anchors=anchors,
-            used=used,
+            visits=visits,
             slot_direction=slot_direction,
             slot_started=slot_started,
             fused_a=self.fused_a[:count],
@@ -168,8 +175,6 @@ class Record:
             for field in dataclasses.fields(self)
             if field.name != "directions"
         }
-        # h5py has no NumPy bool in every version that Keras supports.
-        arrays["used"] = arrays["used"].astype("int8")
         arrays[FORMAT_NAME] = np.array(FORMAT)
         return arrays | self.directions._asdict()
 
@@ -199,5 +204,4 @@ class Record:
         for field in dataclasses.fields(cls):
             if field.name != "directions":
                 setattr(record, field.name, np.array(arrays[field.name]))
-        record.used = record.used.astype("bool")
         return record

@@ -8,6 +8,7 @@ same signature that is registered with
 `keras.saving.register_keras_serializable` may stand in a recipe as well.
 """
 
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -158,7 +159,12 @@ def evenly(steps, recompositions):
     return max(1.0, steps / max(1, recompositions))
 
 
-TABLES = {
+def by_life(steps, recompositions):
+    """As often as the life of a pair allows, which the recipe bounds."""
+    return 1.0
+
+
+TABLES: dict[str, dict[str, Any]] = {
     # The first pairs start along the leading directions at one of the scales
     # above, or, where it is `None`, as built: `a` random, `b` zero, all
     # directions unused.
@@ -178,7 +184,7 @@ TABLES = {
         "zero_first_moments": zero_first_moments,
         "keep": keep_slots,
     },
-    "schedule": {"evenly": evenly},
+    "schedule": {"evenly": evenly, "by_life": by_life},
     # A class with the methods of `FlatLoss`, or `None`.
     "gate": {"none": None, "flat_loss": FlatLoss},
 }

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
 
 from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import check_fraction
 from keras_srlora.recipes.choices import TABLES
+from keras_srlora.recipes.choices import Evidence
+from keras_srlora.recipes.choices import Pairs
+from keras_srlora.recipes.protocol import Gate
 
 Choice = str | Callable
 
@@ -42,18 +47,26 @@ class Recipe:
         slots: what happens to the optimizer's slots of a restarted pair.
             `"zero_first_moments"`, `"zero"` or `"keep"`. A function
             `(kind, values) -> values`.
-        schedule: when. `"evenly"` over the run. A function
+        schedule: when. `"evenly"` over the run, or `"by_life"`: as often as
+            `steps_per_pair` and `pair_life` allow. A function
             `(steps, recompositions) -> interval`.
         gate: `"none"`, or `"flat_loss"`: nothing is recomposed while the
             training loss falls. Where it is flat, one recomposition probes; the
             others follow, by the schedule, if the loss then falls faster than
             before, and as long as it falls. A class with the methods of
-            `keras_srlora.recipes.gate.FlatLoss`.
+            `keras_srlora.recipes.protocol.Gate`.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
         steps_per_pair: int. Least number of steps that a pair is trained
             before its slot restarts: a run that is short for its directions
             recomposes less often, and does not visit all of them.
+        pair_life: float in [0, 1). The same as a part of the run; the larger of
+            the two counts.
+        shortest_run: int. Steps of the shortest run that is recomposed at all;
+            a shorter one is plain LoRA (or PiSSA, as it starts).
+        reuse_directions: bool. Whether directions come again once pairs started
+            along all of them, so that they never run out. For a `scale` that
+            subtracts nothing (`"as_lora"`).
         stop: float in (0, 1]. Part of the run after which nothing is
             recomposed, so that the last pairs have their time.
         beta1: float in [0, 1). Decay of the average sensitivity `Ī`.
@@ -87,6 +100,9 @@ class Recipe:
     gate: Choice = "none"
     fusion_ratio: float = 0.5
     steps_per_pair: int = 1
+    pair_life: float = 0.0
+    shortest_run: int = 1
+    reuse_directions: bool = False
     stop: float = 1.0
     beta1: float = 0.85
     beta2: float = 0.85
@@ -97,10 +113,18 @@ class Recipe:
             object.__setattr__(self, field, name)
         check_fraction("fusion_ratio", self.fusion_ratio, True, False)
         check_fraction("stop", self.stop, True, False)
+        check_fraction("pair_life", self.pair_life, False, True)
         check_fraction("beta1", self.beta1, False, True)
         check_fraction("beta2", self.beta2, False, True)
-        steps = check_count("steps_per_pair", self.steps_per_pair, "steps")
-        object.__setattr__(self, "steps_per_pair", steps)
+        for field in ("steps_per_pair", "shortest_run"):
+            steps = check_count(field, getattr(self, field), "steps")
+            object.__setattr__(self, field, steps)
+        if self.reuse_directions and self.scale != "as_lora":
+            raise ValueError(
+                "Directions can come again only where a restart subtracts "
+                'nothing from the kernel: `scale="as_lora"`. '
+                f"Received: reuse_directions=True, scale={self.scale!r}"
+            )
 
     @property
     def subtracts(self) -> bool:
@@ -118,36 +142,36 @@ class Recipe:
         """Whether the first pairs stay as built: `a` random, `b` zero."""
         return _function("start", self.start) is None
 
-    def scale_first(self, singular_values, tolerance, scale):
+    def scale_first(self, singular_values, tolerance, scale) -> tuple:
         """`(scale_a, scale_b)` of first pairs that start along directions."""
         return _function("start", self.start)(singular_values, tolerance, scale)
 
-    def scale_restarted(self, singular_values, tolerance, scale):
+    def scale_restarted(self, singular_values, tolerance, scale) -> tuple:
         """`(scale_a, scale_b)` of pairs that restart along directions."""
         return _function("scale", self.scale)(singular_values, tolerance, scale)
 
-    def score_pairs(self, evidence):
+    def score_pairs(self, evidence: Evidence) -> Any:
         """Importance of each pair of a layer."""
         return _function("score", self.score)(evidence)
 
-    def select_pairs(self, pairs, count):
+    def select_pairs(self, pairs: Pairs, count: int) -> np.ndarray:
         """The slots to fuse."""
         return _function("selection", self.selection)(pairs, count)
 
-    def select_directions(self, singular_values, unused, count):
+    def select_directions(self, singular_values, unused, count) -> np.ndarray:
         """The directions that come next."""
         return _function("order", self.order)(singular_values, unused, count)
 
-    def treat_slots(self, kind, values):
+    def treat_slots(self, kind: str, values: Any) -> Any:
         """The values of an optimizer's slot of a restarted pair."""
         return _function("slots", self.slots)(kind, values)
 
-    def choose_interval(self, steps, recompositions):
+    def choose_interval(self, steps: float, recompositions: int) -> float:
         """Steps between two of so many recompositions."""
         return _function("schedule", self.schedule)(steps, recompositions)
 
     @property
-    def gate_class(self):
+    def gate_class(self) -> type[Gate] | None:
         """The class of the gate; `None` where there is none."""
         return _function("gate", self.gate)
 

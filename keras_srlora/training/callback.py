@@ -104,9 +104,10 @@ class RecompositionCallback(keras.callbacks.Callback):
         self.fusion_ratio = fusion_ratio
         # `recipe` becomes that of a run; the next starts from the argument.
         self._given_recipe = None if recipe is None else get_recipe(recipe)
-        self.recipe = self._given_recipe
+        self.recipe: Recipe | None = self._given_recipe
         self.verbose = verbose
-        self.recomposer: Recomposer | None = None
+        # Made with each `fit`; the hooks of Keras come after that.
+        self.recomposer: Recomposer = None  # type: ignore[assignment]
         self._running = False
 
     @property
@@ -125,7 +126,7 @@ class RecompositionCallback(keras.callbacks.Callback):
     # Keras calls `set_model` before it makes the train function: whatever the
     # compiled step must see is put in place here.
 
-    def set_model(self, model):
+    def set_model(self, model) -> None:
         if self._running and model is not self._model:
             raise ValueError(
                 f"This callback follows the run of model {self._model.name!r}, "
@@ -156,10 +157,10 @@ class RecompositionCallback(keras.callbacks.Callback):
             verbose=self.verbose,
         )
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs=None) -> None:
         self._running = True
         self._epochs = (self.params or {}).get("epochs", 1)
-        self._epoch_steps = (self.params or {}).get("steps")
+        self._epoch_steps: int = (self.params or {}).get("steps") or 0
         self._step = None
         if self.recomposer.restored:
             # By another callback, `BackupAndRestore`.
@@ -167,7 +168,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                 self.recomposer, self._model, self._epoch_steps
             )
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch, logs=None) -> None:
         if self._step is None:
             # `initial_epoch` is not among the parameters; the first epoch is.
             self._epoch_steps = resume.begin_run(
@@ -190,11 +191,11 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     async_safe = True
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch, logs=None) -> None:
         # Calls may overtake each other; appending is safe from any thread.
         self._batches_ended.append(batch)
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch, logs=None) -> None:
         recomposer = self.recomposer
         if not wrapping.is_wrapped_by(self._model, recomposer.optimizer):
             received = self._model.optimizer
@@ -221,13 +222,14 @@ class RecompositionCallback(keras.callbacks.Callback):
     def _losses_since(self):
         """Sum and number of the losses of the epoch that were not read yet."""
         loss = keras_private.loss_metric(self._model)
-        sums = tuple(
-            float(ops.convert_to_numpy(v)) for v in (loss.total, loss.count)
+        sums = (
+            float(ops.convert_to_numpy(loss.total)),
+            float(ops.convert_to_numpy(loss.count)),
         )
         before, self._losses_read = self._losses_read, sums
         return np.subtract(sums, before)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch, logs=None) -> None:
         recomposer = self.recomposer
         learned = not self._epoch_steps
         if learned:
@@ -244,7 +246,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         ):
             # Too short an epoch to be read on its way.
             self.model  # noqa: B018
-            mean = (logs or {}).get("loss", float("nan"))
+            mean = float((logs or {}).get("loss", float("nan")))
             recomposer.report_loss(mean * self._epoch_steps, self._epoch_steps)
             recomposer.consult_gate(self._step)
         if logs is not None:
@@ -254,7 +256,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             logs["srlora_directions"] = float(sum(used) / len(used))
             logs["srlora_drift"] = max((e.drift for e in events), default=0.0)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs=None) -> None:
         self._running = False
         wrapping.unwrap_optimizer(self._model)
         # The state of the run stays with the weights.
@@ -268,7 +270,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             warnings.warn(
                 f"Model {self._model.name!r} has no mean of its training loss, "
                 "which the gate of its recipe waits for "
-                f"(gate={self.recipe.gate!r}): nothing will "
+                f"(gate={self.recomposer.recipe.gate!r}): nothing will "
                 "be recomposed. Pass `RecompositionCallback(recipe=...)` with "
                 "another gate, or an `interval`.",
                 stacklevel=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -78,6 +79,12 @@ class Pace:
         gate = self.state.gate
         return gate is not None and step < self.last_step and gate.is_due(step)
 
+    @property
+    def is_too_short(self) -> bool:
+        """Whether the recipe leaves a run of this length alone."""
+        short = 0 < self.total_steps < self.recipe.shortest_run
+        return short and self.interval is None
+
     def is_due(self, step: int) -> bool:
         """Whether the loss is to be read, or a recomposition is due."""
         if step >= self.last_step:
@@ -108,7 +115,7 @@ class Pace:
         """Lets the gate read what was reported; whether it wants a probe."""
         reported, self._reported = self._reported, []
         gate = self.state.gate
-        if step >= self.last_step:
+        if gate is None or step >= self.last_step:
             return False
         total = sum(_to_float(loss) for loss, _ in reported)
         count = sum(float(number) for _, number in reported)
@@ -123,6 +130,15 @@ class Pace:
         return answer == "recompose"
 
     def _start_schedule(self, step):
+        if self.is_too_short:
+            if self._verbose:
+                print(
+                    f"\nA run of {self.total_steps} steps is plain LoRA: the "
+                    "recipe recomposes runs of at least "
+                    f"{self.recipe.shortest_run} steps.",
+                    flush=True,
+                )
+            return
         gate = self.recipe.gate_class
         if gate is None or self.interval is not None:
             self._make_schedule(step)
@@ -135,10 +151,10 @@ class Pace:
         """Spreads what is left to do over what is left of the run."""
         left = self.last_step - step
         count, shortest = self._work()
-        interval = self.interval
-        if interval is None:
+        interval = float(self.interval or 0)
+        if self.interval is None:
             interval = max(self.recipe.choose_interval(left, count), shortest)
-            if interval == 1.0 and count > left > 0:
+            if interval == 1.0 and math.inf > count > left > 0:
                 _warn(
                     f"{int(left)} steps are too few to visit all directions in "
                     f"{count} recompositions: there will be one each step."
@@ -151,10 +167,11 @@ class Pace:
                 f"with other `stop` and `steps_per_pair`. Received: "
                 f"interval={self.interval}, {self.recipe}"
             )
-        self.state.schedule = Schedule(float(interval), step, step)
+        self.state.schedule = Schedule(interval, step, step)
 
     def _warn_of_silence(self, step):
-        late = step - self.state.gate.read_at > self.state.gate.window
+        gate = self.state.gate
+        late = gate is not None and step - gate.read_at > gate.window
         if late and not self._warned:
             self._warned = True
             _warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import keras
 
@@ -17,6 +18,7 @@ from keras_srlora.training.pace import Pace
 from keras_srlora.training.recomposition import Recomposition
 from keras_srlora.training.recomposition import describe
 from keras_srlora.training.recomposition import recompose
+from keras_srlora.training.recomposition import remaining_recompositions
 from keras_srlora.training.recomposition import work_left
 from keras_srlora.training.run_state import RunState
 from keras_srlora.training.scoring import score_steps
@@ -76,15 +78,15 @@ class Recomposer:
 
     def __init__(
         self,
-        model,
-        optimizer,
+        model: keras.Model | list,
+        optimizer: Any,
         recipe: Recipe | str | dict | None = None,
         total_steps: int | None = None,
         interval: int | None = None,
         *,
         fusion_ratio: float | None = None,
         verbose: int = 0,
-    ):
+    ) -> None:
         interval = check_count("interval", interval, "steps", True)
         if total_steps is None and interval is None:
             raise ValueError(
@@ -154,7 +156,7 @@ class Recomposer:
             return []
         return self._recompose(step) if self.pace.decide(step) else []
 
-    def report_loss(self, total, count: float = 1) -> None:
+    def report_loss(self, total: Any, count: float = 1) -> None:
         """Tells the losses of the steps since the last report.
 
         Only a recipe with a gate looks at them.
@@ -256,7 +258,11 @@ class Recomposer:
 
     def _recompose(self, step):
         preparation.check_still_trained(self.layers, self._model)
-        exhausted = [x for x in self.layers if not len(x.record.unused)]
+        exhausted = [
+            layer
+            for layer in self.layers
+            if not remaining_recompositions(layer, self.recipe)
+        ]
         if exhausted:
             self._warn_of_exhausted(exhausted)
         events = recompose(self.sensitivity, self.optimizer, step, self.recipe)
@@ -267,7 +273,7 @@ class Recomposer:
         return events
 
     def _work_left(self):
-        work = work_left(self.layers, self.recipe)
+        work = work_left(self.layers, self.recipe, self.pace.total_steps)
         if work.recompositions == 0:
             self._warn_of_exhausted(self.layers)
         return work

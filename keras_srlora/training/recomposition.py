@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
+from typing import Any
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +45,7 @@ class Recomposition:
     drift: float
     importance: tuple = ()
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """As plain Python, for JSON."""
         return {
             field.name: list(value) if isinstance(value, tuple) else value
@@ -54,7 +56,7 @@ class Recomposition:
 
 def recompose(
     sensitivity: Sensitivity,
-    optimizer=None,
+    optimizer: Any = None,
     step: int = 0,
     recipe: Recipe | str | None = None,
 ) -> list[Recomposition]:
@@ -138,10 +140,51 @@ def pairs_per_recomposition(layer, recipe: Recipe) -> int:
     return max(1, int(recipe.fusion_ratio * layer.rank))
 
 
-def remaining_recompositions(layer, recipe: Recipe) -> int:
-    """How many recompositions a layer's unused directions are good for."""
-    count = pairs_per_recomposition(layer, recipe)
-    return -(-len(layer.record.unused) // count)
+def remaining_recompositions(layer, recipe: Recipe) -> float:
+    """How many recompositions a layer is good for; `inf`: any number."""
+    left = _pairs_left(layer, recipe)
+    if left == math.inf:
+        return left
+    return math.ceil(left / pairs_per_recomposition(layer, recipe))
+
+
+def _pairs_left(layer, recipe):
+    """How many pairs can restart still.
+
+    Directions that come again never run out; room beside a quantized kernel
+    does.
+    """
+    if not recipe.reuse_directions:
+        return len(layer.record.unused)
+    room = layer.frozen.room
+    if room is None:
+        return math.inf
+    return room - len(pairs.frozen_rows(layer, layer.record)[0])
+
+
+def choose_directions(record, recipe: Recipe, count: int, kept) -> np.ndarray:
+    """The directions that slots restart along; fewer where none is left.
+
+    Args:
+        record: `Record` of the layer.
+        recipe: says in which order, and whether directions come again: those
+            that the fewest pairs started along come first.
+        count: int.
+        kept: int array. Slots whose pairs stay, and with them their directions.
+    """
+    values = record.directions.singular_values
+    chosen = np.zeros(0, "int64")
+    for visits in np.unique(record.visits):
+        found = np.flatnonzero(record.visits == visits)
+        if visits:
+            found = np.setdiff1d(found, record.slot_direction[kept])
+            if not recipe.reuse_directions:
+                break
+        number = min(count - len(chosen), len(found))
+        if number:
+            of_level = recipe.select_directions(values, found, number)
+            chosen = np.concatenate([chosen, of_level])
+    return chosen
 
 
 class Work(NamedTuple):
@@ -153,18 +196,17 @@ class Work(NamedTuple):
         shortest_interval: steps between two of them that leave a pair its time.
     """
 
-    recompositions: int
+    recompositions: float
     shortest_interval: float
 
 
-def work_left(layers, recipe: Recipe) -> Work:
-    """The `Work` that is left in some layers."""
+def work_left(layers, recipe: Recipe, total_steps: int) -> Work:
+    """The `Work` that is left in some layers, in a run of `total_steps`."""
+    life = max(recipe.steps_per_pair, recipe.pair_life * total_steps)
     return Work(
         max(remaining_recompositions(layer, recipe) for layer in layers),
         max(
-            recipe.steps_per_pair
-            * pairs_per_recomposition(layer, recipe)
-            / layer.rank
+            life * pairs_per_recomposition(layer, recipe) / layer.rank
             for layer in layers
         ),
     )
@@ -201,8 +243,7 @@ def _find_slots(optimizer, layers):
 
 def _recompose_layer(layer, recipe, scores, step):
     record = layer.record
-    unused = record.unused
-    if len(unused) == 0:
+    if not remaining_recompositions(layer, recipe):
         return None
     if not layer.trains_factors:
         _skip(layer, step, "it was frozen")
@@ -219,10 +260,15 @@ def _recompose_layer(layer, recipe, scores, step):
             "recomposition",
         )
         return None
-    count = min(pairs_per_recomposition(layer, recipe), len(unused))
+    count = min(
+        pairs_per_recomposition(layer, recipe), _pairs_left(layer, recipe)
+    )
     slots = recipe.select_pairs(Pairs(scores, record.slot_started), count)
-    values = record.directions.singular_values
-    directions = recipe.select_directions(values, unused, count)
+    kept = np.setdiff1d(np.arange(layer.rank), slots)
+    directions = choose_directions(record, recipe, count, kept)
+    slots = slots[: len(directions)]
+    if not len(slots):
+        return None
     drift = pairs.fuse_and_restart(
         layer, slots, directions, scores[slots], recipe.scale_restarted, step
     )

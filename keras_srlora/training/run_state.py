@@ -9,6 +9,7 @@ import numpy as np
 from keras_srlora.files.packing import pack
 from keras_srlora.files.packing import unpack
 from keras_srlora.recipes.definition import Recipe
+from keras_srlora.recipes.protocol import Gate
 from keras_srlora.recipes.schedule import Schedule
 
 FORMAT = 1
@@ -20,14 +21,14 @@ class RunState:
 
     Attributes:
         schedule: `Schedule`; without an interval before it is known.
-        gate: an object such as `FlatLoss`, or `None`.
+        gate: a `Gate`, or `None`.
         begun: step of the batch that began last, -1 before the first. What is
             saved is the state after it.
         epoch_steps: steps of an epoch of `fit`; 0 while unknown, or in a loop.
     """
 
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
-    gate: object = None
+    gate: Gate | None = None
     begun: int = -1
     epoch_steps: int = 0
 
@@ -66,7 +67,8 @@ class RunState:
                     f"gate={recipe.gate!r} in the recipe. Pass the recipe that "
                     "the run began with."
                 )
-            gate = recipe.gate_class.from_dict(gate)
+            gate_class = recipe.gate_class
+            gate = None if gate_class is None else gate_class.from_dict(gate)
         return cls(
             Schedule(**saved["schedule"]),
             gate,

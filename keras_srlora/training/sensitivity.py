@@ -81,7 +81,7 @@ class Sensitivity:
             for i, name in enumerate(("average", "uncertainty"))
         ]
 
-    def update(self, gradients, variables, is_step=True):
+    def update(self, gradients: list, variables: list, is_step=True) -> None:
         """One step of the averages, from the gradients of this step.
 
         Leaves no mark where a gradient, of any variable, is not finite.
@@ -128,7 +128,9 @@ class Sensitivity:
         if zeros:
             accepted = ops.logical_and(accepted, self._mask(scored))
         old = [ops.convert_to_tensor(v) for v in self.variables]
-        new = update_averages(*old, observed, self.beta1, self.beta2)
+        new = update_averages(
+            *old, observed=observed, beta1=self.beta1, beta2=self.beta2
+        )
         devices.assign_on_replicas(
             self.variables,
             [
@@ -165,7 +167,7 @@ class Sensitivity:
         scores = ops.stop_gradient(ops.concatenate(scores))
         return np.split(devices.to_numpy(scores), ends)
 
-    def reset(self, layers):
+    def reset(self, layers: list) -> None:
         """Restarts the statistics of some layers from zero."""
         mask = self._mask(layers)
         for variable in self.variables:

@@ -110,9 +110,9 @@ def find_slots(optimizer, variables):
     by_key = collections.defaultdict(list)
     for variable in variables:
         by_key[variable.path.replace("/", "_")].append(variable)
-    slots = collections.defaultdict(list)
+    slots: collections.defaultdict = collections.defaultdict(list)
     unknown = []
-    seen = collections.Counter()
+    seen: collections.Counter = collections.Counter()
     for slot in optimizer.variables:
         name = slot.path.split("/")[-1]
         # The longest key: `kernel` is the beginning of `kernel_b`.
