@@ -11,6 +11,7 @@ from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.progress import check_verbose
 from keras_srlora.conversion.containers import convert_layers
 from keras_srlora.conversion.freezing import freeze_base
+from keras_srlora.conversion.targets import bias_of
 from keras_srlora.conversion.targets import find_biases
 from keras_srlora.conversion.targets import find_ranks
 from keras_srlora.conversion.targets import find_targets
@@ -194,7 +195,7 @@ def convert_plain(model, layers, arguments, trained=()):
     freeze_base(model, layers, trained)
     trained = {id(variable) for variable in trained}
     arguments = [
-        {**of_layer, "train_bias": id(layer.bias) in trained}
+        {**of_layer, "train_bias": id(bias_of(layer)) in trained}
         for layer, of_layer in zip(layers, arguments)
     ]
     convert_layers(model, layers, arguments)
