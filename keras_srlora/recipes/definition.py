@@ -186,8 +186,8 @@ def _name(field, choice):
     for name, function in table.items():
         if choice is not None and choice is function:
             return name
-    name = keras.saving.get_registered_name(choice)
-    if not callable(choice) or _registered(name) is not choice:
+    name = callable(choice) and keras.saving.get_registered_name(choice)
+    if not name or _registered(name) is not choice:
         raise ValueError(
             f"`{field}` must be one of {sorted(table)}, or a function that is "
             "registered, so that it can be saved by name: decorate it with "
