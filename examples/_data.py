@@ -2,8 +2,8 @@
 
 A data set goes by the name that TFDS gives it: `glue/sst2`, `cifar100`. With
 `offline` a stand-in of real text or photographs, from installed packages, is
-stored under the same name in a folder of its own, in TFDS's own format; the same
-`tfds.load` reads it.
+stored under the same name in a folder of its own, in TFDS's own format. The
+same `tfds.load` reads it.
 """
 
 import logging

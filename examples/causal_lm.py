@@ -2,11 +2,11 @@
 
     python examples/causal_lm.py
 
-adapts SmolLM2-135M, a Llama of 30 layers, to film reviews, news or the source of
-Python's own library (`--domain reviews`, `news`, `python`). It prints what the
-model writes before and after, compares SRLoRA with Keras's own LoRA of the same
-rank, exports the adapter to Hugging Face's PEFT, and checks that the model gives
-the same logits there. What it takes:
+adapts SmolLM2-135M, a Llama of 30 layers, to film reviews, news or the source
+of Python's own library (`--domain reviews`, `news`, `python`). It prints what
+the model writes before and after, compares SRLoRA with Keras's own LoRA of the
+same rank, exports the adapter to Hugging Face's PEFT, and checks that the model
+gives the same logits there. What it takes:
 
     lm = keras_hub.models.CausalLM.from_preset(...)
     keras_srlora.enable_srlora(lm, rank=4)

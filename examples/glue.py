@@ -3,8 +3,8 @@
     python examples/glue.py --offline
 
 runs here and now: MiniLM, a small pretrained BERT, on real texts that stand in
-for GLUE's tasks (from packages that install with pip; see `_packages.py`). With a
-network and a GPU
+for GLUE's tasks (from packages that install with pip; see `_packages.py`). With
+a network and a GPU
 
     python examples/glue.py --task sst2 mrpc cola qnli rte stsb --recipe paper
 
@@ -13,9 +13,12 @@ KerasHub and `tensorflow_datasets`. Any preset of a BERT, RoBERTa or DeBERTa-v3
 does, such as `--preset bert_base_en_uncased`, `roberta_base_en`.
 
 Each task has GLUE's own metric, on the validation split (the labels of the test
-split are hidden): accuracy, F1 and accuracy, Matthews correlation, or Pearson and
-Spearman correlation. The outcome is a table in the paper's layout, with a column
-for the paper's figure.
+split are hidden): accuracy, F1 and accuracy, Matthews correlation, or Pearson
+and Spearman correlation. The outcome is a table in the paper's layout, with a
+column for the paper's figure.
+
+LoRA's learning rate, the rank and the epochs are defaults of this script;
+`--recipe paper` brings what the paper says of its method.
 """
 
 import dataclasses
@@ -26,7 +29,6 @@ import _data
 import _packages
 import keras
 import keras_hub
-import numpy as np
 from scipy import stats
 from sklearn import metrics
 

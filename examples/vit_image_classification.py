@@ -1,4 +1,4 @@
-"""The paper's experiments on images: LoRA, SRLoRA and full fine-tuning of a ViT.
+"""The paper's experiments on images: a ViT with LoRA, SRLoRA and in full.
 
     python examples/vit_image_classification.py --offline
 
