@@ -119,11 +119,21 @@ def split(rows, validation, limit=None):
 
 
 def with_columns(splits, *names):
-    """Examples as GLUE has them: named columns and a running number."""
+    """Examples as GLUE has them: named columns and a running number.
+
+    What is validated on is not trained on, where a text is there twice.
+    """
+    train, validation = splits
+    held_out = {texts_of(row) for row in validation}
+    train = [row for row in train if texts_of(row) not in held_out]
     return [
         [{"idx": i, **dict(zip(names, row))} for i, row in enumerate(rows)]
-        for rows in splits
+        for rows in (train, validation)
     ]
+
+
+def texts_of(row):
+    return tuple(x for x in row if isinstance(x, str))
 
 
 # Texts that stand in for GLUE.

@@ -186,5 +186,6 @@ def solar_cells():
     """
     package = package_folder("elpv_dataset", "elpv-dataset==1.0.0.post1")
     folder = package / "data"
-    rows = [line.split() for line in open(folder / "labels.csv")]
+    lines = (folder / "labels.csv").read_text().splitlines()
+    rows = [line.split() for line in lines]
     return [(folder / path, kind, float(p)) for path, p, kind in rows]
