@@ -65,7 +65,7 @@ class Run:
     losses: list  # one a step
     seconds: float
     scores: dict = dataclasses.field(default_factory=dict)
-    record: list = dataclasses.field(default_factory=list)  # of recompositions
+    events: list = dataclasses.field(default_factory=list)  # of recompositions
 
     @property
     def final_loss(self):
@@ -73,8 +73,8 @@ class Run:
         return float(np.mean(self.losses[-max(1, len(self.losses) // 10) :]))
 
     def to_dict(self):
-        record = [event.to_dict() for event in self.record]
-        return {**vars(self), "record": record}
+        events = [event.to_dict() for event in self.events]
+        return {**vars(self), "events": events}
 
 
 def run(method, task, args):
@@ -208,7 +208,7 @@ def fit(method, model, train, learning_rate, epochs, loss, callbacks=()):
         learning_rate=learning_rate,
         losses=losses.values,
         seconds=time.time() - start,
-        record=[e for c in callbacks for e in c.record],
+        events=[e for c in callbacks for e in c.events],
     )
 
 
@@ -291,7 +291,7 @@ def run_rows(runs):
             "learning rate": f"{run.learning_rate:g}",
             "final training loss": f"{run.final_loss:.4f}",
             **{name: f"{score:.4f}" for name, score in run.scores.items()},
-            "recompositions": len(run.record),
+            "recompositions": len(run.events),
             "seconds": f"{run.seconds:.0f}",
         }
         for run in runs
@@ -327,7 +327,7 @@ def plot_curves(runs, title, path):
         axes.plot(
             steps, smoothed(run.losses), color=color, linewidth=2, label=label
         )
-    recomposed = {event.step for run in runs for event in run.record}
+    recomposed = {event.step for run in runs for event in run.events}
     for step in recomposed:
         # Between the last step before it and the first one after it.
         line = axes.axvline(

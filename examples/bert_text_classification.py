@@ -81,7 +81,7 @@ def summary(runs, validation_examples):
         f"with {ours.parameters / keras_lora.parameters:.0%} of its trainable "
         f"parameters, in {ours.seconds / keras_lora.seconds:.0%} of its time. "
         f"Low rank is\nenough for this task, so recompositions have nothing to "
-        f"win; SRLoRA made {len(ours.record)}."
+        f"win; SRLoRA made {len(ours.events)}."
     )
 
 

@@ -218,7 +218,7 @@ def export_and_check(lm, model, preset, batches, args):
         print("The check with PEFT needs a Llama whose preset is a folder.")
         return
     exported = keras_srlora.export_peft(lm, folder, modules=modules)
-    print(f"Exported {len(modules)} layers to {folder}, rank {exported[0]}")
+    print(f"Exported {len(modules)} layers to {folder}, rank {exported.rank}")
 
     import peft
     import torch

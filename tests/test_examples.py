@@ -90,8 +90,8 @@ def check_outcome(printed, output, methods):
         np.testing.assert_allclose(
             run["losses"][0], runs[0]["losses"][0], rtol=1e-3
         )
-        assert bool(run["record"]) == (run["method"] == "srlora")
-        for event in run["record"]:
+        assert bool(run["events"]) == (run["method"] == "srlora")
+        for event in run["events"]:
             assert 0 < event["step"] < len(run["losses"])
             assert event["drift"] < 1e-5
     return runs
