@@ -113,15 +113,15 @@ def adapt(method, backbone, task, args):
     if method == "keras_lora":
         enable_keras_lora(backbone, args.rank, task.target_layer_names)
         return []
-    # "adaptive" is the default of `enable_srlora`, and starts as LoRA does.
-    recipe = {"lora": "adaptive", "pissa": "paper"}.get(method, args.recipe)
+    # The default of `enable_srlora` starts as LoRA does.
+    recipe = {"lora": None, "pissa": "paper"}.get(method, args.recipe)
     keras_srlora.enable_srlora(
         backbone,
         rank=args.rank,
         target_rank=args.target_rank,
         target_layer_names=task.target_layer_names,
         exclude_layer_names=task.exclude_layer_names,
-        recipe=recipe,
+        **({"recipe": recipe} if recipe else {}),
         # All singular directions are many more than a run can visit.
         decomposition="randomized",
     )
@@ -375,7 +375,7 @@ def make_parser(description, methods=("srlora", "keras_lora"), **defaults):
     )
     add("--rank", type=int, help="pairs a kernel")
     add("--target-rank", type=int, help="directions that SRLoRA may visit")
-    add("--recipe", default="adaptive", help="of SRLoRA")
+    add("--recipe", help="of SRLoRA, such as paper; else the package's default")
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--learning-rate", type=float, help="of LoRA; the others' follow it")
