@@ -1,6 +1,6 @@
 """How far effective kernels drift over 50 recompositions.
 
-    python benchmarks/drift.py
+    python -m benchmarks.drift
 
 Kernels of MiniLM, stored in float32, bfloat16, float16, int8 and int4. Between
 two recompositions the pairs move, as training moves them; a float64 account of
@@ -18,9 +18,6 @@ A second table has what would be lost if a quantized kernel took up what is
 fused, and were quantized again each time.
 """
 
-import pathlib
-import sys
-
 import keras
 import numpy as np
 from keras import ops
@@ -28,8 +25,6 @@ from keras import ops
 import keras_srlora
 from keras_srlora._quantized import float_kernel
 from keras_srlora._quantized import is_quantized
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "quality"))
 
 RECOMPOSITIONS = 50
 RANK = 4
@@ -80,9 +75,9 @@ def main():
 
 def minilm_kernels():
     """Six kernels: attention and feed-forward, of the first and last layer."""
-    import tasks
+    from benchmarks.quality.tasks.texts import minilm
 
-    backbone = tasks.minilm(6)
+    backbone = minilm(6)
     return [
         ops.convert_to_numpy(layer.kernel).reshape(layer.kernel.shape[0], -1)
         for index in (0, 5)

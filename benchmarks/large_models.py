@@ -1,6 +1,6 @@
 """Time and memory to convert models of 1 B and 8 B parameters.
 
-    KERAS_BACKEND=torch python benchmarks/large_models.py
+    KERAS_BACKEND=torch python -m benchmarks.large_models
 
 Real layers of KerasHub's Llama 3 with random bfloat16 weights are converted by
 `enable_srlora` with a `directions` file: all 16 layers of the model of 1 B
@@ -28,8 +28,6 @@ from keras import ops
 
 import keras_srlora
 from keras_srlora._layer import SRLoRALayer
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "speed"))
 
 RANK, TARGET_RANK = 8, 64
 MODELS = {
@@ -64,7 +62,8 @@ def main():
     found = {}
     for name, layers in zip(MODELS, args.layers):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--one", name, str(layers)]
+            command = [sys.executable, "-m", __spec__.name]
+            command += ["--one", name, str(layers)]
             found[name] = (
                 layers,
                 [
@@ -87,7 +86,7 @@ def main():
 
 def describe():
     """The machine and the versions, in a line."""
-    import environment
+    from benchmarks.shared import environment
 
     found = environment.describe()
     versions = found["versions"]

@@ -10,9 +10,9 @@ import functools
 import keras
 import keras_hub
 import numpy as np
-from turns import Loop
 
 import keras_srlora
+from benchmarks.shared.timings import Loop
 from keras_srlora.convert import _find_targets
 
 VOCABULARY, TOKENS = 30522, 128

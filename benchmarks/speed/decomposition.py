@@ -1,6 +1,6 @@
 """The randomized decomposition: its time and what it finds.
 
-    KERAS_BACKEND=jax python benchmarks/speed/decomposition.py
+    KERAS_BACKEND=jax python -m benchmarks.speed.decomposition
 
 Against the exact one on kernels of BERT-base's shapes; the energy that it finds
 in the kernels of a pretrained MiniLM, as a part of what the exact leading
@@ -36,7 +36,7 @@ def measure():
     command = (
         "import os, runpy, sys; os.sched_setaffinity(0, {0}); "
         f"sys.argv[1:] = ['--large']; "
-        f"runpy.run_path({__file__!r}, run_name='__main__')"
+        f"runpy.run_module({__spec__.name!r}, run_name='__main__')"
     )
     printed = subprocess.run(
         [sys.executable, "-c", command], check=True, capture_output=True
