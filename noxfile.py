@@ -5,12 +5,14 @@ environment that it made before, without installing anything.
 """
 
 import os
+import pathlib
+import shutil
 
 import nox
 from nox.command import CommandFailed
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["lint", "docs", "tests"]
+nox.options.sessions = ["lint", "docs", "package", "tests"]
 
 BACKENDS = ("tensorflow", "jax", "torch")
 CONSTRAINTS = ("-c", "constraints.txt")
@@ -91,10 +93,39 @@ def docs(session):
 
 @nox.session
 def lint(session):
-    """Check style and format."""
-    session.install(*CONSTRAINTS, "ruff")
+    """Check style, format and types."""
+    # NumPy has types, which the checker reads.
+    session.install(*CONSTRAINTS, "ruff", "mypy", "numpy")
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session
+def package(session):
+    """Build sdist and wheel into `dist/`, check them, and try the wheel."""
+    session.install(*CONSTRAINTS, "build", "twine", "readme-renderer[md]")
+    dist = pathlib.Path("dist")
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    session.run("twine", "check", "--strict", str(sdist), str(wheel))
+    session.run("python", "tools/check_sdist.py", str(sdist))
+    # An empty environment gets the wheel and the smallest backend.
+    empty = pathlib.Path(session.create_tmp()) / "empty"
+    session.run("python", "-m", "venv", "--clear", str(empty))
+    python = str(empty / ("Scripts" if os.name == "nt" else "bin") / "python")
+    session.run(
+        *(python, "-m", "pip", "install", "--quiet", *CONSTRAINTS),
+        f"{wheel}[jax]",
+        external=True,
+    )
+    # Isolated: nothing of this checkout can be imported.
+    session.run(
+        *(python, "-I", "tools/first_fit.py"),
+        env=environment("jax"),
+        external=True,
+    )
 
 
 def run_suite(session, *options):

@@ -60,14 +60,13 @@ def pretrained_model():
     return keras.Model(model.input, head(features))
 
 
-def adapt(model, steps, train):
+def adapt(model, recomposer, train, steps):
     """Gives a loop the digits 5 to 9; accuracy before it and after it."""
     (x, y), validation = load(range(5, 10))
     before = accuracy(model, *validation)
-    batches = shuffled_batches(x, y, steps)
-    _, record = train(batches=batches, interval=interval_of(steps))
+    train(model, recomposer, shuffled_batches(x, y, steps))
     after = accuracy(model, *validation)
-    print(f"{len(record)} recompositions of a layer")
+    print(f"{len(recomposer.events)} recompositions of a layer")
     print(f"accuracy on 5 to 9: {before:.3f} before, {after:.3f} after")
 
 
@@ -76,21 +75,13 @@ def accuracy(model, x, y):
     return float(np.mean(np.argmax(logits, axis=-1) == y))
 
 
-def interval_of(steps):
-    """The published rule: recompositions are spread evenly over the run.
-
-    Each one fuses half of the pairs, until `TARGET_RANK` directions were used.
-    """
-    recompositions = (TARGET_RANK - RANK) // (RANK // 2)
-    return max(1, steps // recompositions)
-
-
 def parse_arguments(description):
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--recipe", default="adaptive", help="by its name")
     return parser.parse_args()
 
 

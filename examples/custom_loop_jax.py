@@ -1,10 +1,10 @@
-"""SRLoRA in a loop of your own with JAX.
+"""SRLoRA in a custom training loop with JAX.
 
-What it shows: `stateless_apply` of a `SensitivityOptimizer` scores the pairs
-inside a `jax.jit` function that is given all state and may reuse its memory
-(`donate_argnums`). `recompose` works on the variables of the model and of the
-optimizer: the values are written back before it and read again after it. The
-function is not compiled again.
+A `Recomposer` follows the default recipe. `stateless_apply` of
+`recomposer.optimizer` scores the pairs inside a `jax.jit` function that takes
+all state and may reuse its memory (`donate_argnums`). A recomposition works on
+the variables of the model and of the optimizer: the loop writes its state to
+them before it and reads it again after it. The function is not compiled again.
 
 A small network that was pretrained on the digits 0 to 4 is adapted to the
 digits 5 to 9: `python custom_loop_jax.py`, a few seconds.
@@ -39,9 +39,10 @@ def write(variables, state):
             variable.assign(value)
 
 
-def train(model, optimizer, batches, interval):
-    """Returns the loss of each step and the record of recompositions."""
+def train(model, recomposer, batches):
+    """Returns the loss of each step; `recomposer.events` is what happened."""
     loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = recomposer.optimizer
     optimizer.build(model.trainable_variables)
 
     def loss_of(trainable, non_trainable, x, y):
@@ -73,26 +74,24 @@ def train(model, optimizer, batches, interval):
     # The step takes over the memory of the state, so that from here on the
     # variables hold nothing until they are written.
     state = read(variables)
-    losses, record = [], []
+    losses = []
     for step, (x, y) in enumerate(batches):
-        # `step` steps are done. None before the first and after the last.
-        if step > 0 and step % interval == 0:
+        is_due = recomposer.is_due(step)
+        if is_due:
             write(variables, state)
-            events = keras_srlora.recompose(
-                optimizer.sensitivity, optimizer, step
-            )
+        _digits.print_recompositions(recomposer.before_step(step))
+        if is_due:
             state = read(variables)
-            _digits.print_recompositions(events)
-            record.extend(events)
         loss, state = train_step(state, x, y)
         losses.append(loss)
+        recomposer.report_loss(loss)
         _digits.print_loss(step + 1, len(batches), losses)
     write(variables, state)
-    return [float(loss) for loss in losses], record
+    return [float(loss) for loss in losses]
 
 
 def main():
-    steps = _digits.parse_arguments(__doc__).steps
+    args = _digits.parse_arguments(__doc__)
     keras.utils.set_random_seed(0)
     model = _digits.pretrained_model()
 
@@ -100,12 +99,13 @@ def main():
     keras_srlora.enable_srlora(
         model, rank=_digits.RANK, target_rank=_digits.TARGET_RANK
     )
-    optimizer = keras_srlora.SensitivityOptimizer(
-        keras.optimizers.Adam(3e-3), model
+    recomposer = keras_srlora.Recomposer(
+        model,
+        keras.optimizers.Adam(3e-3),
+        recipe=args.recipe,
+        total_steps=args.steps,
     )
-
-    loop = functools.partial(train, model, optimizer)
-    _digits.adapt(model, steps, loop)
+    _digits.adapt(model, recomposer, train, args.steps)
 
 
 if __name__ == "__main__":

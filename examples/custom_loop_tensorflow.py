@@ -1,8 +1,9 @@
-"""SRLoRA in a loop of your own with TensorFlow.
+"""SRLoRA in a custom training loop with TensorFlow.
 
-What it shows: `SensitivityOptimizer` scores the pairs inside a `tf.function`,
-from the gradients of a `tf.GradientTape`; `recompose` fuses and restarts pairs
-between two steps, outside of the function, which is not traced again.
+A `Recomposer` follows the default recipe. `recomposer.optimizer` scores the
+pairs inside a `tf.function`, from the gradients of a `tf.GradientTape`;
+`before_step` fuses and restarts pairs between two steps, outside of the
+function, which is not traced again.
 
 A small network that was pretrained on the digits 0 to 4 is adapted to the
 digits 5 to 9: `python custom_loop_tensorflow.py`, a few seconds.
@@ -16,8 +17,6 @@ if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
         f"of its backend. Received: KERAS_BACKEND={os.environ['KERAS_BACKEND']}"
     )
 
-import functools
-
 import _digits
 import keras
 import tensorflow as tf
@@ -25,10 +24,11 @@ import tensorflow as tf
 import keras_srlora
 
 
-def train(model, optimizer, batches, interval):
-    """Returns the loss of each step and the record of recompositions."""
+def train(model, recomposer, batches):
+    """Returns the loss of each step; `recomposer.events` is what happened."""
     loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     variables = model.trainable_variables
+    optimizer = recomposer.optimizer
     optimizer.build(variables)
 
     @tf.function
@@ -40,22 +40,17 @@ def train(model, optimizer, batches, interval):
         optimizer.apply(gradients, variables)
         return loss
 
-    losses, record = [], []
+    losses = []
     for step, (x, y) in enumerate(batches):
-        # `step` steps are done. None before the first and after the last.
-        if step > 0 and step % interval == 0:
-            events = keras_srlora.recompose(
-                optimizer.sensitivity, optimizer, step
-            )
-            _digits.print_recompositions(events)
-            record.extend(events)
+        _digits.print_recompositions(recomposer.before_step(step))
         losses.append(train_step(x, y))
+        recomposer.report_loss(losses[-1])
         _digits.print_loss(step + 1, len(batches), losses)
-    return [float(loss) for loss in losses], record
+    return [float(loss) for loss in losses]
 
 
 def main():
-    steps = _digits.parse_arguments(__doc__).steps
+    args = _digits.parse_arguments(__doc__)
     keras.utils.set_random_seed(0)
     model = _digits.pretrained_model()
 
@@ -63,12 +58,13 @@ def main():
     keras_srlora.enable_srlora(
         model, rank=_digits.RANK, target_rank=_digits.TARGET_RANK
     )
-    optimizer = keras_srlora.SensitivityOptimizer(
-        keras.optimizers.Adam(3e-3), model
+    recomposer = keras_srlora.Recomposer(
+        model,
+        keras.optimizers.Adam(3e-3),
+        recipe=args.recipe,
+        total_steps=args.steps,
     )
-
-    loop = functools.partial(train, model, optimizer)
-    _digits.adapt(model, steps, loop)
+    _digits.adapt(model, recomposer, train, args.steps)
 
 
 if __name__ == "__main__":

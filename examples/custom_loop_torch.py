@@ -1,9 +1,9 @@
-"""SRLoRA in a loop of your own with PyTorch, and an optimizer of PyTorch.
+"""SRLoRA in a custom training loop with PyTorch, and an optimizer of PyTorch.
 
-What it shows: `Sensitivity` scores the pairs from the gradients that
-`loss.backward()` leaves; `recompose` fuses and restarts pairs between two
-steps. It knows no `torch.optim` optimizer, so that the loop itself restarts
-the moments of the restarted pairs.
+A `Recomposer` follows the default recipe. Whenever the optimizer steps, the
+gradients that `loss.backward()` left are scored; `before_step` fuses and
+restarts pairs between two steps, and treats the optimizer's moments of the
+restarted pairs as the recipe says.
 
 A small network that was pretrained on the digits 0 to 4 is adapted to the
 digits 5 to 9: `python custom_loop_torch.py`, a few seconds.
@@ -17,8 +17,6 @@ if os.environ.setdefault("KERAS_BACKEND", "torch") != "torch":
         f"its backend. Received: KERAS_BACKEND={os.environ['KERAS_BACKEND']}"
     )
 
-import functools
-
 import _digits
 import keras
 import torch
@@ -26,59 +24,40 @@ import torch
 import keras_srlora
 
 
-def train(model, statistics, optimizer, batches, interval):
-    """Returns the loss of each step and the record of recompositions."""
-    variables = model.trainable_variables
-    losses, record = [], []
+def train(model, recomposer, batches):
+    """Returns the loss of each step; `recomposer.events` is what happened."""
+    optimizer = recomposer.optimizer
+    losses = []
     for step, (x, y) in enumerate(batches):
-        # `step` steps are done. None before the first and after the last.
-        if step > 0 and step % interval == 0:
-            events = keras_srlora.recompose(statistics, step=step)
-            restart_moments(optimizer, statistics.layers, events)
-            _digits.print_recompositions(events)
-            record.extend(events)
+        _digits.print_recompositions(recomposer.before_step(step))
         x = keras.ops.convert_to_tensor(x)  # on Keras's device
         y = keras.ops.convert_to_tensor(y, "int64")
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x, training=True), y)
         loss.backward()
-        # Before the step: a weight and its gradient belong together.
-        statistics.update([v.value.grad for v in variables], variables)
-        optimizer.step()
+        optimizer.step()  # scores the pairs before it moves them
         losses.append(loss.detach())
+        recomposer.report_loss(losses[-1])
         _digits.print_loss(step + 1, len(batches), losses)
-    return [float(loss) for loss in losses], record
-
-
-def restart_moments(optimizer, layers, events):
-    """Zeroes the first moments of the restarted pairs; a pair is a row.
-
-    They point where the fused pairs were going. The second moments go on: from
-    zero, so late in a run, they would make the next steps far too large.
-    """
-    layers = {layer.path: layer for layer in layers}
-    for event in events:
-        for factor in layers[event.layer].factors:
-            moments = optimizer.state[factor.value]
-            moments["exp_avg"][list(event.slots)] = 0.0
+    return [float(loss) for loss in losses]
 
 
 def main():
-    steps = _digits.parse_arguments(__doc__).steps
+    args = _digits.parse_arguments(__doc__)
     keras.utils.set_random_seed(0)
     model = _digits.pretrained_model()
 
     # From here on the hidden kernels are frozen; factors and head are trained.
-    layers = keras_srlora.enable_srlora(
+    keras_srlora.enable_srlora(
         model, rank=_digits.RANK, target_rank=_digits.TARGET_RANK
     )
-    statistics = keras_srlora.Sensitivity(layers)
     optimizer = torch.optim.AdamW(
         [v.value for v in model.trainable_variables], lr=3e-3
     )
-
-    loop = functools.partial(train, model, statistics, optimizer)
-    _digits.adapt(model, steps, loop)
+    recomposer = keras_srlora.Recomposer(
+        model, optimizer, recipe=args.recipe, total_steps=args.steps
+    )
+    _digits.adapt(model, recomposer, train, args.steps)
 
 
 if __name__ == "__main__":

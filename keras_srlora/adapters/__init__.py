@@ -1,0 +1,1 @@
+"""Adapters as files: saved, loaded, switched off, exported."""

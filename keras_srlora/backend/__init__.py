@@ -1,0 +1,1 @@
+"""Keras's private API, devices, random state, progress, argument checks."""

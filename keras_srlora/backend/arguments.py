@@ -1,0 +1,67 @@
+"""Checks of arguments, with errors that say what was received."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is a whole number of Python's or of NumPy's."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any, what: str, optional: bool = False):
+    """Returns a positive whole number as an `int`; `None` where allowed.
+
+    Args:
+        name: of the argument.
+        value: what was received.
+        what: what it counts, such as `"steps"`.
+        optional: whether `None` may be passed.
+    """
+    if optional and value is None:
+        return None
+    if not is_integer(value) or value < 1:
+        raise ValueError(
+            f"`{name}` must be a positive number of {what}"
+            f"{' or `None`' if optional else ''}. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def check_choice(name, value, choices):
+    """Raises unless `value` is one of the strings in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {sorted(choices)}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_fraction(name, value, low_open, high_open):
+    """Raises unless `value` is a number from 0 to 1 (ends open as said)."""
+    number = isinstance(value, (int, float, np.floating, np.integer))
+    above = number and (value > 0 if low_open else value >= 0)
+    below = number and (value < 1 if high_open else value <= 1)
+    if not (above and below):
+        interval = f"{'(' if low_open else '['}0, 1{')' if high_open else ']'}"
+        raise ValueError(
+            f"`{name}` must be a number in {interval}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_paths(paths, what):
+    """Raises where a path occurs twice: files know layers by their paths."""
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(
+            f"Several {what} have the same path, which is what a file knows "
+            f"them by: give them different names. Received: {twice[:4]}"
+        )
+
+
+def keras_version() -> tuple:
+    """`(major, minor)`."""
+    return tuple(map(int, keras.__version__.split(".")[:2]))

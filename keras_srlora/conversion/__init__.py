@@ -1,0 +1,1 @@
+"""From plain Keras layers to SRLoRA layers, and back."""

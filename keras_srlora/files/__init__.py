@@ -1,0 +1,1 @@
+"""Files that are checked as a whole and written whole or not at all."""

@@ -1,0 +1,1 @@
+"""The SRLoRA layers, and what each of them remembers."""

@@ -1,0 +1,65 @@
+"""Adding factors to a built layer, and taking them away."""
+
+import functools
+
+from keras import ops
+
+from keras_srlora.backend import keras_private
+from keras_srlora.layers import pairs
+from keras_srlora.layers.frozen import freeze_kernel
+
+ARGUMENTS = (
+    "rank",
+    "target_rank",
+    "lora_alpha",
+    "recipe",
+    "decomposition",
+    "train_bias",
+)
+
+
+def add_factors(layer):
+    """Freezes the kernel of a built layer, and adds what is trained."""
+    # Once for each number of dimensions: eager torch asks in each call.
+    layer.plan = functools.cache(functools.partial(layer.read_plan, layer))
+    plan = layer.plan()
+    stored = keras_private.stored_kernel(layer)
+    keras_private.set_variable_trainable(layer, stored, trainable=False)
+    bias = getattr(layer, "bias", None)
+    if bias is not None and not layer.train_bias:
+        keras_private.set_variable_trainable(layer, bias, trainable=False)
+    regularizer = keras_private.kernel_regularizer(layer)
+    sizes = plan.in_features, plan.out_features
+    initializers = pairs.a_initializer(layer), "zeros"
+    with keras_private.unlocked(layer):
+        for name, size, initializer in zip(
+            layer.factor_names, sizes, initializers
+        ):
+            factor = layer.add_weight(
+                name=name,
+                shape=(layer.rank, size),
+                initializer=initializer,
+                regularizer=regularizer,
+            )
+            setattr(layer, name, factor)
+        layer.frozen = freeze_kernel(layer)
+
+
+def remove_factors(layer):
+    """Makes the effective kernel the layer's own; for merging.
+
+    The inverse of `set_arguments` and `add_factors`. A function that was
+    compiled before still reads the factors: they end at zero.
+    """
+    layer.frozen.merge(layer, pairs.effective_matrix(layer))
+    for name in layer.factor_names:
+        factor = getattr(layer, name)
+        factor.assign(ops.zeros(factor.shape, factor.dtype))
+        keras_private.remove_variable(layer, factor)
+        # `delattr` of a variable collects garbage, 0.25 seconds.
+        del vars(layer)[name]
+    for name in (*ARGUMENTS, "record", "companions", "plan", "frozen"):
+        delattr(layer, name)
+    layer.lora_alpha = None  # Keras's own attribute
+    for variable in keras_private.stored_variables(layer):
+        keras_private.set_variable_trainable(layer, variable, trainable=True)

@@ -1,0 +1,115 @@
+"""Finding the SRLoRA layers of a model, and decomposing their kernels."""
+
+import warnings
+
+from keras_srlora.backend import keras_private
+from keras_srlora.backend.progress import Progress
+from keras_srlora.backend.progress import check_verbose
+from keras_srlora.files.directions import open_directions
+from keras_srlora.layers import pairs
+from keras_srlora.layers import placement
+from keras_srlora.layers.base import SRLoRALayer
+from keras_srlora.layers.matching import find_record
+from keras_srlora.layers.matching import take_back_record
+from keras_srlora.layers.requirements import check_initializable
+
+
+def srlora_layers(model) -> list:
+    """The SRLoRA layers anywhere inside a model, ordered by their paths.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    layers = [
+        layer
+        for layer in keras_private.flatten_layers(model)
+        if isinstance(layer, SRLoRALayer)
+    ]
+    if not layers:
+        raise ValueError(
+            f"Model {model.name!r} has no SRLoRA layer. Convert it with "
+            "`keras_srlora.enable_srlora(model)` or build it with "
+            "`keras_srlora.SRLoRADense`."
+        )
+    # An unbuilt layer has no path yet. The sort keeps the order of equals.
+    return sorted(layers, key=lambda layer: layer.path or layer.name)
+
+
+def match_records(layers):
+    """Sees to it that the layers' records are those of their kernels.
+
+    Weights that come back without their record, as `EarlyStopping(
+    restore_best_weights=True)` and `model.set_weights` bring them, are those of
+    an earlier step: what was recorded after it is forgotten, with a warning.
+
+    Raises:
+        ValueError: before anything is changed, if a kernel is none that its
+            layer ever had.
+    """
+    counts = {
+        layer: find_record(layer) for layer in layers if layer.initialized
+    }
+    late = [x for x, n in counts.items() if n < len(x.record.events)]
+    for layer in late:
+        take_back_record(layer, counts[layer])
+    if late:
+        warnings.warn(
+            f"{len(late)} SRLoRA layers have the weights of an earlier step, "
+            "as `EarlyStopping(restore_best_weights=True)` restores them: "
+            f"{[layer.path for layer in late[:3]]}. Their records were taken "
+            "back to it.",
+            stacklevel=3,
+        )
+
+
+def initialize_factors(model, directions=None, verbose="auto") -> list:
+    """Decomposes the kernels of the SRLoRA layers that are not decomposed yet.
+
+    `RecompositionCallback` and `Recomposer` do it when training starts. Call it
+    to do it earlier, once the pretrained weights are in place.
+
+    Args:
+        model: a built `keras.Model` with SRLoRA layers.
+        directions: path of a file, as in `enable_srlora`, that keeps what was
+            decomposed for the next time. Defaults to `None`.
+        verbose: `"auto"`, 0 or 1, as in `enable_srlora`.
+
+    Returns:
+        List of the SRLoRA layers, ordered by their paths.
+
+    Raises:
+        ValueError: before anything is changed, if there is no SRLoRA layer, one
+            is not built, a kernel has entries that are not finite, or the file
+            cannot be used.
+
+    Example:
+
+    ```python
+    model.load_weights("pretrained.weights.h5")
+    keras_srlora.initialize_factors(model)
+    ```
+    """
+    check_verbose(verbose)
+    layers = srlora_layers(model)
+    for layer in layers:
+        check_initializable(layer)
+    fresh = [layer for layer in layers if not layer.initialized]
+    placement.warn_of_whole_factors(fresh)
+    with open_directions(directions, fresh) as file:
+        decompose_kernels(fresh, file=file, verbose=verbose)
+    return layers
+
+
+def decompose_kernels(layers, recipe=None, file=None, verbose="auto"):
+    """Decomposes the kernels of checked layers, one after the other.
+
+    Args:
+        layers: list of built SRLoRA layers.
+        recipe: the `Recipe` by which their pairs start; `None`: their own.
+        file: an open `DirectionsFile`, or `None`.
+        verbose: as in `enable_srlora`.
+    """
+    progress = Progress(len(layers), verbose)
+    for done, layer in enumerate(layers, 1):
+        pairs.start_pairs(layer, recipe or layer.recipe, file)
+        progress.update(done)

@@ -1,0 +1,208 @@
+"""Frozen kernels: how they are stored, and where fused pairs go.
+
+Two classes with the same verbs. A float kernel takes fused pairs up. A kernel
+that `layer.quantize` quantized is read, never written: fusing a pair into it
+would quantize it again, and each time lose bits; a kernel in float8, which
+Keras stores in full and rounds in each step, would lose the pair in the next
+one. Fused pairs stay beside such a kernel, as factors that are not trained.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_srlora.backend import devices
+from keras_srlora.backend import keras_private
+from keras_srlora.functional.contraction import as_kernel
+from keras_srlora.functional.contraction import as_matrix
+from keras_srlora.functional.fusion import effective_kernel
+from keras_srlora.functional.fusion import in_full
+
+INTEGER_MODES = ("int8", "int4")
+MODES = ("float8", *INTEGER_MODES)
+HALF_PRECISION = ("bfloat16", "float16")
+FUSED = ("fused_kernel_a", "fused_kernel_b")
+REMAINDER = "remainder"
+
+
+def freeze_kernel(layer):
+    """The `FloatKernel` or `QuantizedKernel` of a layer that is being built."""
+    kernel = QuantizedKernel if is_quantized(layer) else FloatKernel
+    return kernel(layer)
+
+
+class FloatKernel:
+    """A frozen kernel of floats, which fused pairs are added to.
+
+    Attributes:
+        variable: the kernel's variable.
+        remainder: float32, `(in, out)`. What rounding cut off a kernel in half
+            precision; the next recomposition starts from both, so that small
+            pairs add up that are each below the kernel's rounding. `None`:
+            nothing.
+        room: how many pairs can be fused; `None`: any number.
+    """
+
+    room = None
+
+    def __init__(self, layer):
+        self.variable = keras_private.stored_kernel(layer)
+        self.remainder = None
+        self._plan = layer.plan()
+
+    @property
+    def variables(self):
+        """Those that fusing a pair changes."""
+        return [self.variable]
+
+    def matrix(self):
+        """The kernel as it is stored, `(in, out)`; rounded."""
+        return as_matrix(self.variable, self._plan)
+
+    def in_full(self):
+        """The kernel with its remainder, in float32 (or float64)."""
+        return in_full(self.matrix(), self.remainder)
+
+    def store(self, matrix, rows):
+        """Stores a kernel that is given in full.
+
+        Args:
+            matrix: tensor of shape `(in, out)`.
+            rows: factors of what was fused; not needed here.
+        """
+        rounded = ops.cast(matrix, self.variable.dtype)
+        self.variable.assign(as_kernel(rounded, self._plan))
+        self.remainder = None
+        dtype = keras.backend.standardize_dtype(self.variable.dtype)
+        if dtype in HALF_PRECISION:
+            cut_off = ops.subtract(matrix, in_full(rounded))
+            self.remainder = np.array(devices.to_numpy(cut_off))
+
+    def adopt(self, rows):
+        """Follows a kernel that was loaded together with its record."""
+
+    def add_fused(self, rows, low_rank):
+        """What the step adds for pairs fused beside the kernel: nothing."""
+        return low_rank
+
+    def merge(self, layer, matrix):
+        """Makes an effective kernel that of the plain layer."""
+        matrix = ops.cast(matrix, self.variable.dtype)
+        self.variable.assign(as_kernel(matrix, self._plan))
+
+    def to_arrays(self):
+        """Beside the variables, as `{name: array}`."""
+        return {} if self.remainder is None else {REMAINDER: self.remainder}
+
+    def from_arrays(self, arrays):
+        """The inverse of `to_arrays`."""
+        found = arrays.get(REMAINDER)
+        self.remainder = None if found is None else np.array(found)
+
+
+class QuantizedKernel:
+    """A quantized kernel with the pairs that were fused beside it.
+
+    Attributes:
+        fused: two variables `(room, in)` and `(room, out)`, not trained.
+        room: how many pairs can be fused or subtracted.
+    """
+
+    remainder = None
+
+    def __init__(self, layer):
+        self._layer = layer
+        self._plan = layer.plan()
+        self.room = rows_beside_kernel(layer.direction_count, layer.recipe)
+        sizes = self._plan.in_features, self._plan.out_features
+        self.fused = [
+            layer.add_weight(
+                name=name,
+                shape=(self.room, size),
+                initializer="zeros",
+                trainable=False,
+            )
+            for name, size in zip(FUSED, sizes)
+        ]
+
+    @property
+    def variables(self):
+        return self.fused
+
+    def matrix(self):
+        """The dequantized kernel with the pairs beside it."""
+        matrix = as_matrix(float_kernel(self._layer), self._plan)
+        a, b = map(ops.convert_to_tensor, self.fused)
+        return effective_kernel(matrix, a, b, 1.0)
+
+    def in_full(self):
+        return in_full(self.matrix())
+
+    def store(self, matrix, rows):
+        """Stores the factors of what was fused; the kernel stays as it is."""
+        for variable, array in zip(self.fused, rows):
+            padding = variable.shape[0] - len(array)
+            variable.assign(np.pad(array, ((0, padding), (0, 0))))
+
+    def adopt(self, rows):
+        self.store(None, rows)
+
+    def add_fused(self, rows, low_rank):
+        a, b = self.fused
+        hidden = ops.matmul(rows, ops.transpose(a))
+        return ops.add(low_rank, ops.matmul(hidden, b))
+
+    def merge(self, layer, matrix):
+        kernel = as_kernel(matrix, self._plan)
+        if layer.quantization_mode in INTEGER_MODES:
+            keras_private.replace_quantized_kernel(layer, kernel)
+        else:
+            stored = keras_private.stored_kernel(layer)
+            stored.assign(ops.cast(kernel, stored.dtype))
+        for variable in self.fused:
+            keras_private.remove_variable(layer, variable)
+
+    def to_arrays(self):
+        return {}
+
+    def from_arrays(self, arrays):
+        """Nothing: the record says what was fused."""
+
+
+def is_quantized(layer) -> bool:
+    """Whether `layer.quantize` quantized its kernel."""
+    return layer.quantization_mode is not None
+
+
+def rows_beside_kernel(direction_count, recipe) -> int:
+    """How many pairs a run may fuse beside a quantized kernel.
+
+    One is fused for each direction that a pair restarts along; where pairs
+    start along it at a length of their own, it is subtracted too.
+    """
+    return direction_count * (2 if recipe.subtracts else 1)
+
+
+def float_kernel(layer):
+    """The kernel as it is stored, or dequantized where that is of integers.
+
+    Returns:
+        tensor of the kernel's shape, float32 if dequantized.
+    """
+    if layer.quantization_mode not in INTEGER_MODES:
+        return ops.convert_to_tensor(keras_private.stored_kernel(layer))
+    # Unpacked, but still integers.
+    kernel = ops.cast(keras_private.unpacked_kernel(layer), "float32")
+    if layer.quantization_mode == "int8":
+        return ops.divide(kernel, keras_private.kernel_scale(layer))
+    scale = ops.convert_to_tensor(layer.kernel_scale)
+    rows = ops.reshape(kernel, (-1, scale.shape[-1]))
+    if getattr(layer, "kernel_zero", None) is None:
+        rows = ops.divide(rows, scale)
+    else:
+        # A scale and a zero for each group of rows.
+        group = ops.cast(layer.g_idx, "int32")
+        zero = ops.cast(layer.kernel_zero, "float32")
+        rows = ops.subtract(rows, ops.take(zero, group, axis=0))
+        rows = ops.multiply(rows, ops.take(scale, group, axis=0))
+    return ops.reshape(rows, kernel.shape)

@@ -1,0 +1,16 @@
+"""The table of the layers that can be adapted, and what becomes of them."""
+
+import keras
+
+from keras_srlora.layers.dense import SRLoRADense
+from keras_srlora.layers.einsum_dense import SRLoRAEinsumDense
+from keras_srlora.layers.embedding import SRLoRAEmbedding
+
+# Keras's class: the class that adapts it. Another kind of layer is a row here
+# and a class of its own, in a file of its own.
+ADAPTED = {
+    keras.layers.Dense: SRLoRADense,
+    keras.layers.EinsumDense: SRLoRAEinsumDense,
+    keras.layers.Embedding: SRLoRAEmbedding,
+}
+PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}

@@ -1,0 +1,57 @@
+"""Records that belong to the weights of their layer, or do not."""
+
+import numpy as np
+from keras import ops
+
+from keras_srlora.backend import devices
+
+# Far above rounding, a bfloat16 kernel's too, and far below a change.
+OTHER_KERNEL = 1e-2
+
+
+def find_record(layer):
+    """How much of the record belongs to the kernel that the layer has.
+
+    `u Wᵀ` of each direction is known from the record: its singular value and
+    vector, less what was subtracted, plus what was fused. Weights of an earlier
+    step (`EarlyStopping(restore_best_weights=True)`) are those of the beginning
+    of the record.
+
+    Returns:
+        int. The number of fused pairs.
+
+    Raises:
+        ValueError: if it is the kernel of no part of the record: other weights
+            were assigned after it was decomposed.
+    """
+    record = layer.record
+    kernel = ops.cast(layer.frozen.matrix(), "float32")
+    left = ops.convert_to_tensor(
+        devices.along_kernel(kernel, record.directions.left, 0)
+    )
+    image = devices.to_numpy(ops.matmul(left, kernel))
+    size = max(np.max(np.abs(image)), np.max(record.directions.singular_values))
+    errors = {
+        count: np.max(np.abs(image - expected))
+        for count, expected in record.images(layer.scale)
+    }
+    least = min(errors.values())
+    if not least <= OTHER_KERNEL * size:
+        raise ValueError(
+            f"The kernel of layer {layer.path!r} is not the one whose "
+            "directions and record the layer holds: other weights were "
+            "assigned after it was decomposed. Call "
+            "`layer.initialize_factors()` to decompose what the layer "
+            f"computes now. Received: a difference of {least:.3g} where at "
+            f"most {OTHER_KERNEL * size:.3g} is rounding."
+        )
+    # The latest of those that rounding does not tell apart.
+    bound = 2 * least + 1e-6 * size
+    return max(c for c, error in errors.items() if error <= bound)
+
+
+def take_back_record(layer, count):
+    """Forgets what came after the first `count` fused pairs."""
+    layer.record = layer.record.taken_back(count)
+    layer.frozen.remainder = None
+    layer.companions.restart("sensitivity")

@@ -1,0 +1,286 @@
+"""Starting, fusing and restarting the pairs of a layer; its whole update.
+
+Functions of a layer's frozen kernel (`layer.frozen`), its two factors, its
+`layer.record` and its scale. The layer's function never changes here, but for
+`restore_adapter` and `disable_adapter`, whose purpose that is.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_srlora.backend import devices
+from keras_srlora.backend import keras_private
+from keras_srlora.functional import decomposition
+from keras_srlora.functional.contraction import as_kernel
+from keras_srlora.functional.fusion import effective_kernel
+from keras_srlora.functional.fusion import in_full
+from keras_srlora.functional.fusion import recompose_pairs
+from keras_srlora.functional.fusion import relative_change
+from keras_srlora.layers.record import Record
+
+
+def factor_values(layer) -> tuple[Any, Any]:
+    """The factors as tensors that no gradient flows through."""
+    a, b = layer.factors
+    return (
+        ops.stop_gradient(ops.convert_to_tensor(a)),
+        ops.stop_gradient(ops.convert_to_tensor(b)),
+    )
+
+
+def factors_to_numpy(layer):
+    """Both factors as float32 arrays, `(rank, in)` and `(rank, out)`."""
+    return tuple(
+        np.array(devices.to_numpy(ops.cast(value, "float32")))
+        for value in factor_values(layer)
+    )
+
+
+def row_mask(rank, slots):
+    """Bool array of shape `(rank, 1)`, true in `slots`."""
+    mask = np.zeros((rank, 1), "bool")
+    mask[slots] = True
+    return mask
+
+
+# The kernel as a matrix.
+
+
+def effective_matrix(layer):
+    """Frozen kernel plus scaled product of the factors, `(in, out)`."""
+    return effective_kernel(
+        layer.frozen.in_full(), *factor_values(layer), layer.scale
+    )
+
+
+def kernel_in_step(layer):
+    """The effective kernel, of the stored one's shape, for other readers.
+
+    A layer that reads `dense.kernel` itself (tied weights, for example)
+    computes with what the layer computes with; gradients reach the factors.
+    """
+    if "frozen" not in vars(layer):
+        # Not built, or about to be converted.
+        return keras_private.unpacked_kernel(layer)
+    a, b = layer.factors
+    product = ops.matmul(ops.transpose(ops.multiply(a, layer.scale)), b)
+    matrix = ops.add(layer.frozen.matrix(), product)
+    kernel = as_kernel(matrix, layer.plan())
+    return ops.cast(kernel, layer.compute_dtype)
+
+
+def pretrained_matrix(layer):
+    """The kernel before SRLoRA, from the frozen one and the record.
+
+    Returns:
+        tensor of shape `(in, out)`, float32 or float64; equal to rounding.
+    """
+    rows = frozen_rows(layer, layer.record)
+    return effective_kernel(layer.frozen.in_full(), *rows, -1.0)
+
+
+def frozen_rows(layer, record) -> tuple[np.ndarray, np.ndarray]:
+    """What a record says is in the frozen kernel, as two factors."""
+    if record.initialized:
+        return record.frozen_rows(layer.scale)
+    plan = layer.plan()
+    return (
+        np.zeros((0, plan.in_features), "float32"),
+        np.zeros((0, plan.out_features), "float32"),
+    )
+
+
+def update_factors(layer):
+    """The whole update since the pretrained kernel, as two factors.
+
+    Returns:
+        float32 arrays `a` of shape `(k, in)` and `b` of shape `(k, out)`: the
+        update is `aᵀ @ b`. The fused pairs, the directions that were
+        subtracted, and the pairs being trained; at most `2 · target_rank`.
+    """
+    a, b = factors_to_numpy(layer)
+    fused_a, fused_b = frozen_rows(layer, layer.record)
+    return (
+        np.concatenate([fused_a, layer.scale * a]),
+        np.concatenate([fused_b, b]),
+    )
+
+
+# Starting.
+
+
+def a_initializer(layer):
+    """The initializer of the first factor."""
+    # Keras's own LoRA starts with `he_uniform`, whose fan is that of
+    # (in, rank); stored transposed, its limit is given by hand.
+    limit = (6.0 / layer.plan().in_features) ** 0.5
+    return keras.initializers.RandomUniform(-limit, limit)
+
+
+def start_pairs(layer, recipe, file=None):
+    """Decomposes the kernel that a checked layer has, and starts its pairs.
+
+    Args:
+        layer: a layer that passed `check_initializable`.
+        recipe: a `Recipe`, which says how the first pairs start.
+        file: an open `DirectionsFile` that may have the directions, or `None`.
+    """
+    directions = _decompose(layer, file)
+    layer.record = Record.start(directions, layer.rank)
+    layer.companions.restore({})
+    layer.frozen.remainder = None
+    if not recipe.starts_as_lora:
+        leading = np.arange(layer.rank)
+        _restart(layer, leading, leading, recipe.scale_first)
+
+
+def _decompose(layer, file):
+    if ops.any(ops.not_equal(layer.factors[1], 0)):
+        matrix = effective_matrix(layer)
+    else:
+        # A product of zeros, and its sum, would be two more kernels.
+        matrix = layer.frozen.in_full()
+    arguments = matrix, layer.direction_count, layer.decomposition
+    if file is None:
+        return decomposition.decompose(*arguments)
+    return file.decompose(layer.path, *arguments)
+
+
+def is_untrained(layer):
+    """Whether the pairs are as they started, and nothing was fused.
+
+    Such a layer computes what its pretrained kernel does, so that it can start
+    in another way.
+    """
+    record = layer.record
+    if not record.initialized or len(record.events):
+        return not record.initialized
+    a, b = factors_to_numpy(layer)
+    if record.starts_as_lora:
+        return not b.any()
+    used = record.slot_direction
+    expected = record.anchors[used, None] * record.directions.right[used]
+    product = layer.scale * np.linalg.norm(a, axis=1)[:, None] * b
+    size = np.max(np.abs(expected), initial=0.0)
+    return bool(np.max(np.abs(product - expected)) <= 1e-5 * size)
+
+
+def reset_pairs(layer):
+    """Makes an untrained layer one that was not decomposed yet."""
+    nothing = frozen_rows(layer, Record())
+    layer.frozen.store(pretrained_matrix(layer), nothing)
+    layer.record = Record()
+    a, b = layer.factors
+    a.assign(a_initializer(layer)(a.shape, dtype=a.dtype))
+    b.assign(ops.zeros(b.shape, dtype=b.dtype))
+
+
+# Fusing and restarting.
+
+
+def fuse_and_restart(layer, slots, directions, scores, scale, step):
+    """Fuses the pairs in `slots` and restarts them along `directions`.
+
+    Args:
+        layer: an initialised SRLoRA layer.
+        slots: int array of shape `(n,)`.
+        directions: int array of shape `(n,)`; indices of unused directions.
+        scores: float array of shape `(n,)`; importance of the fused pairs.
+        scale: function `(singular_values, tolerance, scale) ->
+            (scale_a, scale_b)`.
+        step: int. For the record.
+
+    Returns:
+        The drift: largest change of an entry of the effective kernel as a part
+        of its largest entry.
+    """
+    drift = _restart(layer, slots, directions, scale, fuse=True)
+    layer.record.slot_started[slots] = step
+    layer.record.add_events(
+        {
+            "step": np.full(len(slots), step),
+            "slot": slots,
+            "score": scores,
+            "direction": directions,
+            "drift": np.full(len(slots), drift),
+        }
+    )
+    return drift
+
+
+def _restart(layer, slots, indices, scale, fuse=False):
+    record, frozen = layer.record, layer.frozen
+    found = record.directions
+    scale_a, scale_b = scale(
+        found.singular_values[indices], found.tolerance, layer.scale
+    )
+    factor_a, factor_b = layer.factors
+    restarted = row_mask(layer.rank, slots)
+    fresh_a = np.zeros(factor_a.shape, "float32")
+    fresh_b = np.zeros(factor_b.shape, "float32")
+    fresh_a[slots] = scale_a[:, None] * found.left[indices]
+    fresh_b[slots] = scale_b[:, None] * found.right[indices]
+    stored = frozen.matrix()
+    before = _computed_matrix(layer, stored)
+    kernel, a, b = recompose_pairs(
+        stored,
+        *factor_values(layer),
+        ops.convert_to_tensor(restarted),
+        ops.convert_to_tensor(fresh_a),
+        ops.convert_to_tensor(fresh_b),
+        layer.scale,
+        frozen.remainder,
+    )
+    if fuse:
+        record.add_fused(*(x[slots] for x in factors_to_numpy(layer)))
+    record.anchors[indices] = layer.scale * scale_a * scale_b
+    record.visits[indices] += 1
+    record.slot_direction[slots] = indices
+    frozen.store(kernel, frozen_rows(layer, record))
+    factor_a.assign(a)
+    factor_b.assign(b)
+    after = _computed_matrix(layer, frozen.matrix())
+    return relative_change(before, after)
+
+
+def _computed_matrix(layer, stored):
+    """The effective kernel with the kernel as it is stored, rounded."""
+    return effective_kernel(in_full(stored), *factor_values(layer), layer.scale)
+
+
+# Adapters.
+
+
+def restore_adapter(layer, a, b, lora_alpha, record):
+    """Takes over the factors and the record of another run.
+
+    Args:
+        layer: an SRLoRA layer.
+        a: array of shape `(rank, in)`.
+        b: array of shape `(rank, out)`.
+        lora_alpha: as in the constructor.
+        record: a `Record` of the same pretrained kernel.
+    """
+    pretrained = pretrained_matrix(layer)
+    layer.lora_alpha = lora_alpha
+    layer.record = record
+    layer.companions.restore({})
+    rows = frozen_rows(layer, record)
+    layer.frozen.store(effective_kernel(pretrained, *rows, 1.0), rows)
+    for factor, value in zip(layer.factors, (a, b)):
+        factor.assign(value)
+
+
+def disable_adapter(layer):
+    """Back to the pretrained kernel, with both factors zero.
+
+    Both: a factor that is not finite would make zero times NaN. The record
+    stays, for the way back.
+    """
+    nothing = frozen_rows(layer, Record())
+    layer.frozen.store(pretrained_matrix(layer), nothing)
+    for factor in layer.factors:
+        factor.assign(ops.zeros(factor.shape, dtype=factor.dtype))

@@ -1,0 +1,207 @@
+"""What a layer remembers of its run, on the host.
+
+NumPy arrays, not variables: nothing of it is needed on the accelerator between
+two recompositions. It is saved with the layer's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from keras_srlora.functional.decomposition import Directions
+
+# Columns of `Record.events`, one row a fused pair.
+EVENT = ("step", "slot", "score", "direction", "drift")
+NO_DIRECTION = -1
+FORMAT = 1
+FORMAT_NAME = "record_format"
+
+
+@dataclasses.dataclass
+class Record:
+    """Record of one layer, with `t` directions, rank `r`, `m` fused pairs.
+
+    What was fused is kept as factors. The pretrained kernel is the frozen one
+    plus `Σ anchors[i] · left[i]ᵀ right[i]` minus `s · fused_aᵀ @ fused_b`.
+
+    Attributes:
+        directions: `Directions` of the pretrained kernel; `None` before the
+            layer is initialised.
+        anchors: float32, `(t,)`. Coefficient with which a direction was
+            subtracted from the kernel when a pair started along it.
+        visits: int, `(t,)`. How many pairs started along each direction.
+        slot_direction: int, `(r,)`. Direction in each slot, -1 for none.
+        slot_started: int, `(r,)`. Step at which the slot's pair started.
+        fused_a: float32, `(m, in)`. The pairs that were fused, in order.
+        fused_b: float32, `(m, out)`.
+        events: float64, `(m, 5)`, with columns `EVENT`.
+    """
+
+    # All `None` in a layer that is not initialised, where nobody asks.
+    directions: Directions = None  # type: ignore[assignment]
+    anchors: np.ndarray = None  # type: ignore[assignment]
+    visits: np.ndarray = None  # type: ignore[assignment]
+    slot_direction: np.ndarray = None  # type: ignore[assignment]
+    slot_started: np.ndarray = None  # type: ignore[assignment]
+    fused_a: np.ndarray = None  # type: ignore[assignment]
+    fused_b: np.ndarray = None  # type: ignore[assignment]
+    events: np.ndarray = None  # type: ignore[assignment]
+
+    @classmethod
+    def start(cls, directions: Directions, rank: int) -> Record:
+        """The record of a layer whose kernel was just decomposed."""
+        count = len(directions.singular_values)
+        return cls(
+            directions=directions,
+            anchors=np.zeros(count, "float32"),
+            visits=np.zeros(count, "int64"),
+            slot_direction=np.full(rank, NO_DIRECTION, "int64"),
+            slot_started=np.zeros(rank, "int64"),
+            fused_a=np.zeros((0, directions.left.shape[1]), "float32"),
+            fused_b=np.zeros((0, directions.right.shape[1]), "float32"),
+            events=np.zeros((0, len(EVENT)), "float64"),
+        )
+
+    @property
+    def initialized(self) -> bool:
+        return self.directions is not None
+
+    @property
+    def used(self) -> np.ndarray:
+        """Which directions a pair started along; bool, `(t,)`."""
+        return self.visits > 0
+
+    @property
+    def unused(self) -> np.ndarray:
+        """Indices of the directions that no pair started along yet."""
+        return np.flatnonzero(self.visits == 0)
+
+    @property
+    def starts_as_lora(self) -> bool:
+        """Whether the first pairs started along no direction."""
+        restarted = self.events[:, EVENT.index("direction")]
+        return len(np.setdiff1d(np.flatnonzero(self.used), restarted)) == 0
+
+    def add_fused(self, a, b) -> None:
+        """Keeps pairs that go into the frozen kernel."""
+        self.fused_a = np.concatenate([self.fused_a, a])
+        self.fused_b = np.concatenate([self.fused_b, b])
+
+    def add_events(self, columns) -> None:
+        """Notes what happened to fused pairs: `{column of EVENT: array}`."""
+        rows = np.stack([columns[name] for name in EVENT], axis=1)
+        self.events = np.concatenate([self.events, rows])
+
+    def frozen_rows(self, scale) -> tuple[np.ndarray, np.ndarray]:
+        """What went into the frozen kernel since the pretrained one.
+
+        Returns:
+            Factors `(k, in)` and `(k, out)`; the frozen kernel is the
+            pretrained one plus their product.
+        """
+        found, anchored = self.directions, self.anchors != 0
+        subtracted = self.anchors[anchored, None] * found.left[anchored]
+        return (
+            np.concatenate([scale * self.fused_a, -subtracted]),
+            np.concatenate([self.fused_b, found.right[anchored]]),
+        )
+
+    def images(self, scale):
+        """What `left @ kernel` was after each recomposition, latest first.
+
+        Yields:
+            `(m, image)`: how many pairs were fused by then, and a float32 array
+            of shape `(t, out)`.
+        """
+        found, events = self.directions, self.events
+        remaining = found.singular_values - self.anchors
+        image = remaining[:, None] * found.right + scale * (
+            (found.left @ self.fused_a.T) @ self.fused_b
+        )
+        end = len(events)
+        yield end, image
+        while end:
+            begin = end - 1
+            # A second run counts its steps anew: only neighbours are of one.
+            while begin and events[begin - 1, 0] == events[end - 1, 0]:
+                begin -= 1
+            fused = slice(begin, end)
+            image = image - scale * (
+                (found.left @ self.fused_a[fused].T) @ self.fused_b[fused]
+            )
+            restarted = events[fused, EVENT.index("direction")].astype(int)
+            image[restarted] += (
+                self.anchors[restarted, None] * found.right[restarted]
+            )
+            end = begin
+            yield end, image
+
+    def taken_back(self, count: int) -> Record:
+        """The record when the first `count` pairs were fused."""
+        step, slot, direction = (
+            self.events[:, EVENT.index(name)].astype("int64")
+            for name in ("step", "slot", "direction")
+        )
+        undone = direction[count:]
+        anchors, visits = self.anchors.copy(), self.visits.copy()
+        anchors[undone] = 0.0
+        np.subtract.at(visits, undone, 1)
+        first = np.setdiff1d(np.flatnonzero(visits), direction)
+        slot_direction = np.full_like(self.slot_direction, NO_DIRECTION)
+        slot_direction[: len(first)] = first
+        slot_started = np.zeros_like(self.slot_started)
+        for i in range(count):
+            slot_direction[slot[i]] = direction[i]
+            slot_started[slot[i]] = step[i]
+        return dataclasses.replace(
+            self,
+            anchors=anchors,
+            visits=visits,
+            slot_direction=slot_direction,
+            slot_started=slot_started,
+            fused_a=self.fused_a[:count],
+            fused_b=self.fused_b[:count],
+            events=self.events[:count],
+        )
+
+    def to_arrays(self) -> dict:
+        """Everything as `{name: array}`; empty before initialisation."""
+        if not self.initialized:
+            return {}
+        arrays = {
+            field.name: np.asarray(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name != "directions"
+        }
+        arrays[FORMAT_NAME] = np.array(FORMAT)
+        return arrays | self.directions._asdict()
+
+    @classmethod
+    def from_arrays(cls, arrays) -> Record:
+        """The inverse of `to_arrays`.
+
+        Raises:
+            ValueError: if the arrays are of another format.
+        """
+        if "left" not in arrays:
+            return cls()
+        received = arrays.get(FORMAT_NAME)
+        received = None if received is None else int(np.array(received))
+        if received != FORMAT:
+            raise ValueError(
+                "The saved record of an SRLoRA layer has a format that this "
+                "version of keras_srlora does not read. Received: format "
+                f"{received}; this version reads format {FORMAT}"
+            )
+        record = cls.start(
+            Directions(
+                *(np.array(arrays[name]) for name in Directions._fields)
+            ),
+            rank=len(arrays["slot_direction"]),
+        )
+        for field in dataclasses.fields(cls):
+            if field.name != "directions":
+                setattr(record, field.name, np.array(arrays[field.name]))
+        return record

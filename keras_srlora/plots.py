@@ -1,0 +1,337 @@
+"""Pictures of runs: what moved when, and what came of it.
+
+Each function draws into a matplotlib `Axes` and returns it. It takes a run in
+any of these forms: a model with SRLoRA layers, a list of such layers, a
+`RecompositionCallback`, a `Recomposer`, or the path of a file that
+`save_adapter` wrote. matplotlib must be installed:
+`pip install keras-srlora[plots]`.
+
+Example:
+
+```python
+from keras_srlora import plots
+
+axes = plots.plot_active_directions(callback, layer="encoder_0/query")
+axes.figure.savefig("directions.png")
+```
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_srlora.adapters.format import FACTORS
+from keras_srlora.adapters.format import open_adapter
+from keras_srlora.functional.low_rank import thin_svd
+from keras_srlora.layers import pairs
+from keras_srlora.layers.base import SRLoRALayer
+from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.record import EVENT
+
+STEP, SLOT, _, DIRECTION, _ = range(len(EVENT))
+
+
+class LayerRun(NamedTuple):
+    """What a picture needs to know of one layer.
+
+    Attributes:
+        path: of the layer.
+        events: float64, `(m, 5)`, with the columns of `Record.events`.
+        slot_direction: int, `(r,)`. Direction in each slot at the end.
+        starts_as_lora: bool. Whether the first pairs started along none.
+        update: function that returns the factors `(k, in)` and `(k, out)` of
+            the whole update.
+    """
+
+    path: str
+    events: np.ndarray
+    slot_direction: np.ndarray
+    starts_as_lora: bool
+    update: object
+
+    def stays(self, total_steps):
+        """`[(direction, slot, begin, end)]`; -1 for a start along none."""
+        stays = []
+        for slot in range(len(self.slot_direction)):
+            rows = self.events[self.events[:, SLOT] == slot]
+            begins = [0, *rows[:, STEP].astype(int)]
+            ends = [*begins[1:], total_steps]
+            # First pairs that start along directions take the leading ones.
+            first = -1 if self.starts_as_lora else slot
+            directions = [first, *rows[:, DIRECTION].astype(int)]
+            for direction, begin, end in zip(directions, begins, ends):
+                stays.append((int(direction), slot, begin, end))
+        return stays
+
+
+def plot_loss(losses, run=None, *, label=None, smooth=1, ax=None):
+    """Loss against steps, with a line at each recomposition.
+
+    Args:
+        losses: the loss of each step, or a dict from labels to such sequences.
+        run: a run (see above) whose recompositions are marked, or `None`.
+        label: str. Name of the curve, where `losses` is one.
+        smooth: int. Steps of a running mean. Defaults to `1`: none.
+        ax: `matplotlib.axes.Axes`, or `None` for a new one.
+
+    Returns:
+        The `Axes`.
+    """
+    ax = _axes(ax)
+    curves = losses if isinstance(losses, dict) else {label: losses}
+    for name, values in curves.items():
+        values = np.asarray(values, "float64")
+        kernel = np.ones(smooth) / smooth
+        mean = np.convolve(values, kernel, mode="valid")
+        ax.plot(np.arange(len(mean)) + smooth, mean, label=name, linewidth=1.5)
+    if run is not None:
+        steps = {int(s) for x in layer_runs(run) for s in x.events[:, STEP]}
+        for i, step in enumerate(sorted(steps)):
+            ax.axvline(
+                step,
+                color="0.8",
+                linewidth=0.8,
+                zorder=0,
+                label="recomposition" if i == 0 else None,
+            )
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False)
+    return ax
+
+
+def plot_active_directions(run, *, layer=None, total_steps=None, ax=None):
+    """Which direction is active when, in one layer (the paper's map).
+
+    Args:
+        run: a run (see above).
+        layer: str. Path of the layer, or a regular expression that matches one
+            path. Defaults to `None`: the first layer.
+        total_steps: int. Length of the run. Defaults to `None`: that of the
+            `Recomposer`, or one interval more than the last recomposition.
+        ax: `matplotlib.axes.Axes`, or `None` for a new one.
+
+    Returns:
+        The `Axes`.
+    """
+    ax = _axes(ax)
+    chosen = _choose(layer_runs(run), layer)
+    total = total_steps or _length(run, [chosen])
+    rank = len(chosen.slot_direction)
+    for direction, slot, begin, end in chosen.stays(total):
+        # Pairs that started along none share the row below the first.
+        row, height = direction + 1, 0.9
+        if direction < 0:
+            row, height = (slot + 0.5) / rank - 0.5, 0.9 / rank
+        ax.barh(row, end - begin, height, left=begin, color=f"C{slot % 10}")
+    ax.set_xlim(0, total)
+    ax.set_xlabel("step")
+    ax.set_ylabel("singular direction (0: none, 1: the largest)")
+    ax.set_title(f"{chosen.path}, a colour for each slot", fontsize="medium")
+    return ax
+
+
+def plot_lifetimes(run, *, total_steps=None, ax=None):
+    """How long directions stay active, by kind of layer (the paper's figure).
+
+    Args:
+        run: a run (see above).
+        total_steps: int, or `None`; as in `plot_active_directions`.
+        ax: `matplotlib.axes.Axes`, or `None` for a new one.
+
+    Returns:
+        The `Axes`: a box for each layer name, over all blocks.
+    """
+    ax = _axes(ax)
+    runs = layer_runs(run)
+    total = total_steps or _length(run, runs)
+    lifetimes = collections.defaultdict(list)
+    for of_layer in runs:
+        kind = of_layer.path.rsplit("/", 1)[-1]
+        for direction, _, begin, end in of_layer.stays(total):
+            if direction >= 0:
+                lifetimes[kind].append(end - begin)
+    if not lifetimes:
+        raise ValueError(
+            "No pair started along a direction in this run: there are no "
+            f"lifetimes to show. Received: {len(runs)} layers"
+        )
+    kinds = sorted(lifetimes)
+    ax.boxplot([lifetimes[kind] for kind in kinds], orientation="horizontal")
+    ax.set_yticks(range(1, len(kinds) + 1), kinds)
+    ax.set_xlabel("steps that a direction stays active")
+    return ax
+
+
+def plot_spectrum(runs, *, layer=None, ax=None):
+    """Singular values of a layer's whole update, beside those of another run.
+
+    A run with `r` pairs that recomposes has an update of a higher rank than
+    `r`; LoRA has one of rank `r`.
+
+    Args:
+        runs: a run (see above), or a dict from labels to runs.
+        layer: str, or `None`; as in `plot_active_directions`.
+        ax: `matplotlib.axes.Axes`, or `None` for a new one.
+
+    Returns:
+        The `Axes`.
+    """
+    ax = _axes(ax)
+    runs = runs if isinstance(runs, dict) else {None: runs}
+    for label, run in runs.items():
+        chosen = _choose(layer_runs(run), layer)
+        _, values, _ = thin_svd(*chosen.update())
+        ax.semilogy(np.arange(1, len(values) + 1), values, "o-", label=label)
+    ax.set_xlabel("singular value of the update")
+    ax.set_ylabel("size")
+    ax.set_title(chosen.path, fontsize="medium")
+    if any(label is not None for label in runs):
+        ax.legend(frameon=False)
+    return ax
+
+
+def plot_importance(events, *, layer=None, ax=None):
+    """Importance of the pairs of one layer at each recomposition.
+
+    Args:
+        events: a `RecompositionCallback`, a `Recomposer`, or a list of
+            `Recomposition`.
+        layer: str. Path of the layer, or `None` for the first event's.
+        ax: `matplotlib.axes.Axes`, or `None` for a new one.
+
+    Returns:
+        The `Axes`: a line for each slot; a cross where its pair was fused.
+    """
+    ax = _axes(ax)
+    events = getattr(events, "events", events)
+    if not events:
+        raise ValueError(
+            "Nothing was recomposed: there are no scores to show. "
+            f"Received: {events!r}"
+        )
+    path = layer or events[0].layer
+    events = [event for event in events if event.layer == path]
+    if not events:
+        raise ValueError(f"No event is of that layer. Received: {layer=}")
+    steps = [event.step for event in events]
+    scores = np.array([event.importance for event in events])
+    for slot, of_slot in enumerate(scores.T):
+        ax.plot(steps, of_slot, "-", color=f"C{slot % 10}", linewidth=1)
+        fused = [i for i, event in enumerate(events) if slot in event.slots]
+        ax.plot(
+            np.take(steps, fused),
+            np.take(of_slot, fused),
+            "x",
+            color=f"C{slot % 10}",
+        )
+    if np.all(scores > 0):
+        ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel("importance")
+    ax.set_title(f"{path}, a line for each slot, x: fused", fontsize="medium")
+    return ax
+
+
+def layer_runs(run) -> list[LayerRun]:
+    """The layers of a run, in any of the forms that this module takes."""
+    if isinstance(run, (str, os.PathLike)):
+        return _from_file(run)
+    if isinstance(run, keras.Model):
+        layers = srlora_layers(run)
+    elif isinstance(run, SRLoRALayer):
+        layers = [run]
+    else:
+        run = getattr(run, "recomposer", run)
+        layers = getattr(run, "layers", run)
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(
+            "A run must be a model, a list of SRLoRA layers, a callback, a "
+            "`Recomposer`, or the path of an adapter file. "
+            f"Received: {run!r}"
+        )
+    for layer in layers:
+        if not layer.initialized:
+            raise ValueError(
+                f"The kernel of layer {layer.path!r} was not decomposed yet: "
+                "there is nothing to show. Train first."
+            )
+    return [
+        LayerRun(
+            layer.path,
+            layer.record.events,
+            layer.record.slot_direction,
+            layer.record.starts_as_lora,
+            lambda layer=layer: pairs.update_factors(layer),
+        )
+        for layer in layers
+    ]
+
+
+def _from_file(filepath):
+    return [
+        LayerRun(
+            saved["path"],
+            record.events,
+            record.slot_direction,
+            record.starts_as_lora,
+            lambda record=record, arrays=arrays, scale=scale: _update(
+                record, arrays, scale
+            ),
+        )
+        for saved, arrays, record, scale in open_adapter(filepath)
+    ]
+
+
+def _update(record, arrays, scale):
+    a, b = (arrays[name] for name in FACTORS)
+    fused_a, fused_b = record.frozen_rows(scale)
+    return (
+        np.concatenate([fused_a, scale * a]),
+        np.concatenate([fused_b, b]),
+    )
+
+
+def _choose(runs, layer):
+    if layer is None:
+        return runs[0]
+    found = [x for x in runs if x.path == layer]
+    found = found or [x for x in runs if re.fullmatch(layer, x.path)]
+    if len(found) != 1:
+        raise ValueError(
+            f"`layer` must be the path of one layer, and matches {len(found)}. "
+            f"Received: layer={layer!r}; paths such as "
+            f"{[x.path for x in runs[:3]]}"
+        )
+    return found[0]
+
+
+def _length(run, runs):
+    """Steps of a run, as far as it is known."""
+    pace = getattr(getattr(run, "recomposer", run), "pace", None)
+    if pace is not None and pace.total_steps:
+        return pace.total_steps
+    steps = sorted({int(s) for x in runs for s in x.events[:, STEP]})
+    if not steps:
+        return 1
+    return steps[-1] + max(1, int(np.median(np.diff([0, *steps]))))
+
+
+def _axes(ax):
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need the package matplotlib: `pip install matplotlib`, "
+            "or `pip install keras-srlora[plots]`."
+        ) from error
+    return plt.subplots(figsize=(7, 4), layout="constrained")[1]

@@ -1,0 +1,1 @@
+"""What a run does: its choices, its gate, its schedule."""

@@ -1,0 +1,247 @@
+"""`Recipe`: the choices of a run, and the recipes that have a name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_srlora.backend.arguments import check_choice
+from keras_srlora.backend.arguments import check_count
+from keras_srlora.backend.arguments import check_fraction
+from keras_srlora.recipes.choices import TABLES
+from keras_srlora.recipes.choices import Evidence
+from keras_srlora.recipes.choices import Pairs
+from keras_srlora.recipes.protocol import Gate
+
+Choice = str | Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The choices of a run: functions, by name, and a few numbers.
+
+    Each choice is one of the strings below, or a function of the signature
+    that `keras_srlora/recipes/choices.py` gives for it. Register the function
+    with `keras.saving.register_keras_serializable`: it is saved by name.
+
+    Args:
+        start: how the first pairs start. `"pissa"` (along the leading singular
+            directions, which go out of the kernel) or `"lora"` (`a` random,
+            `b` zero). A function as for `scale`.
+        score: how important a pair is. `"sensitivity"` (`|w · g|`, averaged) or
+            `"magnitude"` (`‖a_k‖ · ‖b_k‖`). A function
+            `(evidence) -> tensor (rank,)`.
+        selection: which pairs are fused. `"least_important"` or `"oldest"` (of
+            equals, the least important). A function
+            `(pairs, count) -> slots`.
+        order: which directions come next. `"largest_singular_value"` or
+            `"random"`. A function
+            `(singular_values, unused, count) -> indices`.
+        scale: at what scale a pair restarts. `"sqrt_singular_value"` or
+            `"as_lora"` (`b` zero). A function
+            `(singular_values, tolerance, scale) -> (scale_a, scale_b)`.
+        slots: what happens to the optimizer's slots of a restarted pair.
+            `"zero_first_moments"`, `"zero"` or `"keep"`. A function
+            `(kind, values) -> values`.
+        schedule: when. `"evenly"` over the run, or `"by_life"`: as often as
+            `steps_per_pair` and `pair_life` allow. A function
+            `(steps, recompositions) -> interval`.
+        gate: `"none"`, or `"flat_loss"`: nothing is recomposed while the
+            training loss falls. Where it is flat, one recomposition probes; the
+            others follow, by the schedule, if the loss then falls faster than
+            before, and as long as it falls. A class with the methods of
+            `keras_srlora.recipes.protocol.Gate`.
+        fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
+            recomposition fuses, at least one pair.
+        steps_per_pair: int. Least number of steps that a pair is trained
+            before its slot restarts: a run that is short for its directions
+            recomposes less often, and does not visit all of them.
+        pair_life: float in [0, 1). The same as a part of the run; the larger of
+            the two counts.
+        shortest_run: int. Steps of the shortest run that is recomposed at all;
+            a shorter one is plain LoRA (or PiSSA, as it starts).
+        reuse_directions: bool. Whether directions come again once pairs started
+            along all of them, so that they never run out. For a `scale` that
+            subtracts nothing (`"as_lora"`).
+        stop: float in (0, 1]. Part of the run after which nothing is
+            recomposed, so that the last pairs have their time.
+        beta1: float in [0, 1). Decay of the average sensitivity `Ī`.
+        beta2: float in [0, 1). Decay of its uncertainty `Ū`.
+
+    The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
+    2505.12433, section 3), which leaves `slots` open.
+    `recipe="lora_restarts"` starts each pair, the first ones too, as LoRA does.
+    `recipe="adaptive"`, which layers have by default, is that with a gate: it
+    is LoRA unless the loss shows that the rank limits it.
+
+    Example:
+
+    ```python
+    @keras.saving.register_keras_serializable("my_package")
+    def most_important(pairs, count):
+        return np.sort(np.argsort(-pairs.scores)[:count])
+
+    recipe = keras_srlora.Recipe(order="random", selection=most_important)
+    keras_srlora.enable_srlora(model, rank=8, recipe=recipe)
+    ```
+    """
+
+    start: Choice = "pissa"
+    score: Choice = "sensitivity"
+    selection: Choice = "least_important"
+    order: Choice = "largest_singular_value"
+    scale: Choice = "sqrt_singular_value"
+    slots: Choice = "zero_first_moments"
+    schedule: Choice = "evenly"
+    gate: Choice = "none"
+    fusion_ratio: float = 0.5
+    steps_per_pair: int = 1
+    pair_life: float = 0.0
+    shortest_run: int = 1
+    reuse_directions: bool = False
+    stop: float = 1.0
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self):
+        for field in TABLES:
+            name = _name(field, getattr(self, field))
+            object.__setattr__(self, field, name)
+        check_fraction("fusion_ratio", self.fusion_ratio, True, False)
+        check_fraction("stop", self.stop, True, False)
+        check_fraction("pair_life", self.pair_life, False, True)
+        check_fraction("beta1", self.beta1, False, True)
+        check_fraction("beta2", self.beta2, False, True)
+        for field in ("steps_per_pair", "shortest_run"):
+            steps = check_count(field, getattr(self, field), "steps")
+            object.__setattr__(self, field, steps)
+        if self.reuse_directions and self.scale != "as_lora":
+            raise ValueError(
+                "Directions can come again only where a restart subtracts "
+                'nothing from the kernel: `scale="as_lora"`. '
+                f"Received: reuse_directions=True, scale={self.scale!r}"
+            )
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether pairs start with something that goes out of the kernel."""
+        return not self.starts_as_lora or self.scale != "as_lora"
+
+    def to_dict(self) -> dict:
+        """As plain Python, for JSON and a layer's config."""
+        return dataclasses.asdict(self)
+
+    # What each choice does.
+
+    @property
+    def starts_as_lora(self) -> bool:
+        """Whether the first pairs stay as built: `a` random, `b` zero."""
+        return _function("start", self.start) is None
+
+    def scale_first(self, singular_values, tolerance, scale) -> tuple:
+        """`(scale_a, scale_b)` of first pairs that start along directions."""
+        return _function("start", self.start)(singular_values, tolerance, scale)
+
+    def scale_restarted(self, singular_values, tolerance, scale) -> tuple:
+        """`(scale_a, scale_b)` of pairs that restart along directions."""
+        return _function("scale", self.scale)(singular_values, tolerance, scale)
+
+    def score_pairs(self, evidence: Evidence) -> Any:
+        """Importance of each pair of a layer."""
+        return _function("score", self.score)(evidence)
+
+    def select_pairs(self, pairs: Pairs, count: int) -> np.ndarray:
+        """The slots to fuse."""
+        return _function("selection", self.selection)(pairs, count)
+
+    def select_directions(self, singular_values, unused, count) -> np.ndarray:
+        """The directions that come next."""
+        return _function("order", self.order)(singular_values, unused, count)
+
+    def treat_slots(self, kind: str, values: Any) -> Any:
+        """The values of an optimizer's slot of a restarted pair."""
+        return _function("slots", self.slots)(kind, values)
+
+    def choose_interval(self, steps: float, recompositions: int) -> float:
+        """Steps between two of so many recompositions."""
+        return _function("schedule", self.schedule)(steps, recompositions)
+
+    @property
+    def gate_class(self) -> type[Gate] | None:
+        """The class of the gate; `None` where there is none."""
+        return _function("gate", self.gate)
+
+
+def _name(field, choice):
+    """The string that a choice is saved as."""
+    table = TABLES[field]
+    if isinstance(choice, str):
+        if choice not in table and not _registered(choice):
+            check_choice(field, choice, table)
+        return choice
+    for name, function in table.items():
+        if choice is not None and choice is function:
+            return name
+    name = keras.saving.get_registered_name(choice)
+    if not callable(choice) or _registered(name) is not choice:
+        raise ValueError(
+            f"`{field}` must be one of {sorted(table)}, or a function that is "
+            "registered, so that it can be saved by name: decorate it with "
+            '`@keras.saving.register_keras_serializable("my_package")`. '
+            f"Received: {field}={choice!r}"
+        )
+    return name
+
+
+def _function(field, name):
+    if name in TABLES[field]:
+        return TABLES[field][name]
+    function = _registered(name)
+    if function is None:
+        raise ValueError(
+            f"The recipe names a function for `{field}` that is not "
+            "registered in this process: import the module that defines it. "
+            f"Received: {field}={name!r}"
+        )
+    return function
+
+
+def _registered(name):
+    # Registered names have a package; anything else is a misspelt choice.
+    return keras.saving.get_registered_object(name) if ">" in name else None
+
+
+LORA_RESTARTS = Recipe(
+    start="lora",
+    selection="oldest",
+    scale="as_lora",
+    slots="zero",
+    steps_per_pair=100,
+    stop=0.5,
+)
+
+RECIPES = {
+    "paper": Recipe(),
+    "lora_restarts": LORA_RESTARTS,
+    "adaptive": dataclasses.replace(LORA_RESTARTS, gate="flat_loss", stop=0.8),
+}
+
+
+def get_recipe(identifier) -> Recipe:
+    """Returns a `Recipe`, from one, its name, or its `to_dict()`."""
+    if isinstance(identifier, Recipe):
+        return identifier
+    if isinstance(identifier, dict):
+        fields = {field.name for field in dataclasses.fields(Recipe)}
+        if not set(identifier) <= fields:
+            raise ValueError(
+                f"A recipe has the choices {sorted(fields)}. "
+                f"Received: {sorted(map(str, identifier))}"
+            )
+        return Recipe(**identifier)
+    check_choice("recipe", identifier, RECIPES)
+    return RECIPES[identifier]

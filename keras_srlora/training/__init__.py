@@ -1,0 +1,1 @@
+"""Scoring pairs while training, and recomposing them."""

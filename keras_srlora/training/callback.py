@@ -1,0 +1,279 @@
+"""`RecompositionCallback`: a `Recomposer` in `fit`."""
+
+from __future__ import annotations
+
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_srlora.backend import devices
+from keras_srlora.backend import keras_private
+from keras_srlora.backend.arguments import check_count
+from keras_srlora.backend.arguments import check_fraction
+from keras_srlora.layers.find import srlora_layers
+from keras_srlora.recipes.definition import Recipe
+from keras_srlora.recipes.definition import get_recipe
+from keras_srlora.training import preparation
+from keras_srlora.training import resume
+from keras_srlora.training import wrapping
+from keras_srlora.training.recomposer import COMPANION
+from keras_srlora.training.recomposer import Recomposer
+from keras_srlora.training.recomposition import Recomposition
+
+
+class RecompositionCallback(keras.callbacks.Callback):
+    """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
+
+    Without arguments it follows the recipe of the layers. The default recipe,
+    `"adaptive"`, recomposes nothing while the training loss falls: the run is
+    plain LoRA, and cannot be worse. Where the loss is flat, one recomposition
+    probes whether the rank is what limits the run; if the loss then falls
+    faster, recompositions are spread evenly over what is left, so that each
+    layer visits `target_rank` directions if the run is long enough for it.
+
+    Expect a gain where the update that a task needs has a higher rank than the
+    adapter and the run is long enough for the loss to become flat; expect what
+    LoRA does where it still falls at the end.
+
+    The length of the run is `epochs` times the steps of an epoch; where the
+    data set does not say its size, it is known after the first epoch.
+
+    During `fit` the optimizer is wrapped in a `SensitivityOptimizer`; after it
+    the model has its own optimizer back. A step is a batch of `fit`; with
+    `gradient_accumulation_steps` a recomposition waits for the end of an
+    accumulation, with `steps_per_execution` for the end of an execution. A
+    recomposition takes place before the first batch after it was due; none
+    after the last step of the run, where it would change nothing.
+
+    Args:
+        interval: int or `None`. Steps between two recompositions; with a
+            number the recipe's gate is left out. Defaults to `None`:
+            `total_steps / N`, where `N` recompositions use up the directions of
+            the layer that has the most left.
+        fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
+            recomposition fuses, at least one pair. Defaults to `None`: that of
+            the recipe.
+        recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
+            layers. It may start pairs in another way as long as none was
+            trained.
+        verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
+
+    Attributes:
+        events: list of `Recomposition`: what happened, in order.
+        recomposer: the `Recomposer` of the run.
+
+    `logs` of an epoch gain `srlora_recompositions` (in this epoch),
+    `srlora_directions` (directions used so far, mean over the layers) and
+    `srlora_drift` (largest in this epoch), so that `History` has them, and
+    `CSVLogger` and `TensorBoard` where they come later in the list.
+
+    Raises:
+        ValueError: when `fit` starts, before anything is changed: no SRLoRA
+            layer, a layer that is not built or frozen, a kernel that is not
+            finite, an optimizer that cannot work or was built for other
+            variables, another model's run that has not ended.
+        RuntimeError: if the model's optimizer is replaced during the run, or
+            the processes of a run on several start from different weights or
+            score different gradients.
+
+    Example:
+
+    ```python
+    callback = keras_srlora.RecompositionCallback(verbose=1)
+    model.fit(train, epochs=3, callbacks=[callback])
+    [event.to_dict() for event in callback.events]
+    ```
+
+    References:
+        - [SRLoRA](https://arxiv.org/abs/2505.12433), section 3
+    """
+
+    def __init__(
+        self,
+        interval: int | None = None,
+        fusion_ratio: float | None = None,
+        recipe: Recipe | str | dict | None = None,
+        verbose: int = 0,
+    ):
+        super().__init__()
+        self.interval = check_count("interval", interval, "steps", True)
+        if fusion_ratio is not None:
+            check_fraction("fusion_ratio", fusion_ratio, True, False)
+        self.fusion_ratio = fusion_ratio
+        # `recipe` becomes that of a run; the next starts from the argument.
+        self._given_recipe = None if recipe is None else get_recipe(recipe)
+        self.recipe: Recipe | None = self._given_recipe
+        self.verbose = verbose
+        # Made with each `fit`; the hooks of Keras come after that.
+        self.recomposer: Recomposer = None  # type: ignore[assignment]
+        self._running = False
+
+    @property
+    def events(self) -> list[Recomposition]:
+        return [] if self.recomposer is None else self.recomposer.events
+
+    def to_dict(self) -> dict:
+        """Arguments and events as plain Python, for JSON."""
+        return {
+            "interval": self.interval,
+            "fusion_ratio": self.fusion_ratio,
+            "recipe": self.recipe and self.recipe.to_dict(),
+            "events": [event.to_dict() for event in self.events],
+        }
+
+    # Keras calls `set_model` before it makes the train function: whatever the
+    # compiled step must see is put in place here.
+
+    def set_model(self, model) -> None:
+        if self._running and model is not self._model:
+            raise ValueError(
+                f"This callback follows the run of model {self._model.name!r}, "
+                "which has not ended (or was interrupted): make another one, "
+                "`RecompositionCallback(...)`, for each model. "
+                f"Received: model {model.name!r}"
+            )
+        super().set_model(model)
+        layers = srlora_layers(model)
+        recipe = preparation.choose_recipe(
+            layers, self._given_recipe, self.fusion_ratio
+        )
+        preparation.check_model(model, layers)
+        _, inner = wrapping.split_optimizer(model)
+        preparation.check_run(layers, recipe, inner)
+        self.recipe = recipe
+        self._outer_optimizer, _ = wrapping.split_optimizer(model)
+        with devices.strategy_scope(model):
+            wrapper = wrapping.wrap_optimizer(
+                model, layers, recipe.beta1, recipe.beta2
+            )
+        # The length of the run is known when its first epoch begins.
+        self.recomposer = Recomposer(
+            model,
+            wrapper,
+            recipe,
+            total_steps=0,
+            interval=self.interval,
+            verbose=self.verbose,
+        )
+
+    def on_train_begin(self, logs=None) -> None:
+        self._running = True
+        self._epochs = (self.params or {}).get("epochs", 1)
+        self._epoch_steps: int = (self.params or {}).get("steps") or 0
+        self._step = None
+        if self.recomposer.restored:
+            # By another callback, `BackupAndRestore`.
+            resume.mend_initial_epoch(
+                self.recomposer, self._model, self._epoch_steps
+            )
+
+    def on_epoch_begin(self, epoch, logs=None) -> None:
+        if self._step is None:
+            # `initial_epoch` is not among the parameters; the first epoch is.
+            self._epoch_steps = resume.begin_run(
+                self.recomposer,
+                self._model,
+                epoch,
+                self._epochs,
+                self._epoch_steps,
+            )
+            self._step = epoch * self._epoch_steps
+            self._check_loss()
+        self._losses_read = (0.0, 0.0)
+        self._epoch_start = self._step
+        self._events_before = len(self.events)
+        self._batches_ended = []
+
+    # A recomposition comes at the begin of a batch. Keras calls
+    # `on_train_batch_end` in another thread, while the next step runs already;
+    # without `async_safe` it would wait for the result of each step instead.
+
+    async_safe = True
+
+    def on_train_batch_end(self, batch, logs=None) -> None:
+        # Calls may overtake each other; appending is safe from any thread.
+        self._batches_ended.append(batch)
+
+    def on_train_batch_begin(self, batch, logs=None) -> None:
+        recomposer = self.recomposer
+        if not wrapping.is_wrapped_by(self._model, recomposer.optimizer):
+            received = self._model.optimizer
+            # On JAX the state of the run is about to be written back.
+            wrapping.put_in_place(
+                self._model, self._outer_optimizer, recomposer.optimizer
+            )
+            raise RuntimeError(
+                "The optimizer of the model was replaced during the run, so "
+                "that its pairs are no longer scored. Compile before `fit`, "
+                "not in a callback. "
+                f"Received: model.optimizer={received!r}"
+            )
+        self._step = self._epoch_start + batch
+        if recomposer.is_due(self._step):
+            # On JAX variables are not up to date during an epoch; the public
+            # property sees to it.
+            self.model  # noqa: B018
+            # Before the first batch of an epoch there is nothing to read.
+            if batch and recomposer.pace.wants_loss(self._step):
+                recomposer.report_loss(*self._losses_since())
+        recomposer.before_step(self._step)
+
+    def _losses_since(self):
+        """Sum and number of the losses of the epoch that were not read yet."""
+        loss = keras_private.loss_metric(self._model)
+        sums = (
+            float(ops.convert_to_numpy(loss.total)),
+            float(ops.convert_to_numpy(loss.count)),
+        )
+        total, count = np.subtract(sums, self._losses_read)
+        self._losses_read = sums
+        return total, count
+
+    def on_epoch_end(self, epoch, logs=None) -> None:
+        recomposer = self.recomposer
+        learned = not self._epoch_steps
+        if learned:
+            self._epoch_steps = max(self._batches_ended) + 1
+        self._step = self._epoch_start + self._epoch_steps
+        recomposer.pace.state.epoch_steps = self._epoch_steps
+        if learned:
+            recomposer.pace.set_total_steps(
+                self._epochs * self._epoch_steps, self._step
+            )
+            self._check_loss()
+        if recomposer.pace.state.gate is not None and not any(
+            self._losses_read
+        ):
+            # Too short an epoch to be read on its way.
+            self.model  # noqa: B018
+            mean = float((logs or {}).get("loss", float("nan")))
+            recomposer.report_loss(mean * self._epoch_steps, self._epoch_steps)
+            recomposer.consult_gate(self._step)
+        if logs is not None:
+            events = self.events[self._events_before :]
+            used = [layer.record.used.sum() for layer in recomposer.layers]
+            logs["srlora_recompositions"] = len({e.step for e in events})
+            logs["srlora_directions"] = float(sum(used) / len(used))
+            logs["srlora_drift"] = max((e.drift for e in events), default=0.0)
+
+    def on_train_end(self, logs=None) -> None:
+        self._running = False
+        wrapping.unwrap_optimizer(self._model)
+        # The state of the run stays with the weights.
+        self.recomposer.layers[0].companions.detach(COMPANION)
+
+    def _check_loss(self):
+        """Warns where the gate has nothing to read."""
+        waits = self.recomposer.pace.state.gate is not None
+        if waits and keras_private.loss_metric(self._model) is None:
+            self.recomposer.pace.state.gate = None
+            warnings.warn(
+                f"Model {self._model.name!r} has no mean of its training loss, "
+                "which the gate of its recipe waits for "
+                f"(gate={self.recomposer.recipe.gate!r}): nothing will "
+                "be recomposed. Pass `RecompositionCallback(recipe=...)` with "
+                "another gate, or an `interval`.",
+                stacklevel=2,
+            )

@@ -1,0 +1,223 @@
+"""`SensitivityOptimizer`: sees the gradients inside the train step."""
+
+import warnings
+
+import keras
+from keras import ops
+
+from keras_srlora.backend import keras_private
+from keras_srlora.layers.find import srlora_layers
+from keras_srlora.training.sensitivity import Sensitivity
+
+# Numbers nearer to 1 are rounded to 1. By hand: an optimizer may be built in a
+# compiled step, where nothing can be computed.
+HALF_SPACING_BELOW_ONE = {"bfloat16": 2**-9, "float16": 2**-12}
+
+
+@keras.saving.register_keras_serializable("keras_srlora")
+class SensitivityOptimizer(keras.optimizers.Optimizer):
+    """Wraps an optimizer and scores the SRLoRA pairs from its gradients.
+
+    Keras has no hook for gradients; like `LossScaleOptimizer` this wraps the
+    optimizer that it hands them on to, which does everything that it did
+    before. `RecompositionCallback` puts it in place for the time of a `fit`;
+    loops of your own use it directly.
+
+    What a step is: with `gradient_accumulation_steps=k` the statistics are
+    updated once every `k` batches, from the mean gradient that the wrapped
+    optimizer applies. The gradient is scored before clipping, after loss
+    scales are divided out.
+
+    The optimizer is saved as the one that it wraps, so that a model saved in
+    the middle of a run loads with the stock optimizer and its state; the
+    statistics are saved with the layers.
+
+    Args:
+        inner_optimizer: the `keras.optimizers.Optimizer` to wrap.
+        model: a `keras.Model` with SRLoRA layers, or a list of such layers.
+        beta1: float in [0, 1). Defaults to `0.85`.
+        beta2: float in [0, 1). Defaults to `0.85`.
+
+    Example:
+
+    ```python
+    adam = keras.optimizers.Adam()
+    optimizer = keras_srlora.SensitivityOptimizer(adam, model)
+    optimizer.apply(gradients, model.trainable_variables)
+    ```
+    """
+
+    def __init__(self, inner_optimizer, model, beta1=0.85, beta2=0.85):
+        check_optimizer(inner_optimizer)
+        if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "A `LossScaleOptimizer` must be outside, so that a step that "
+                "overflows leaves no mark: `LossScaleOptimizer("
+                "SensitivityOptimizer(optimizer, model))`. "
+                f"Received: inner_optimizer={inner_optimizer.name!r}"
+            )
+        layers = model if isinstance(model, list) else srlora_layers(model)
+        super().__init__(learning_rate=0.0, name=inner_optimizer.name)
+        # Not `inner_optimizer`: Keras would walk into the attribute when
+        # saving and write the wrapped optimizer a second time.
+        self.unwrap = lambda: inner_optimizer
+        self.sensitivity = Sensitivity(layers, beta1, beta2)
+        if inner_optimizer.built:
+            self._adopt()
+
+    def build(self, variables):
+        if not self.unwrap().built:
+            self.unwrap().build(variables)
+        self._adopt()
+
+    def _adopt(self):
+        check_trains(self.unwrap(), self.sensitivity.layers)
+        warn_of_rounded_decay(self.unwrap(), self.sensitivity.layers)
+        super().build(
+            keras_private.optimizer_trainable_variables(self.unwrap())
+        )
+
+    @property
+    def variables(self):
+        return self.sensitivity.variables + self.unwrap().variables
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            self.build(list(trainable_variables))
+        variables = list(
+            trainable_variables
+            or keras_private.optimizer_trainable_variables(self)
+        )
+        grads = list(grads)
+        self.sensitivity.update(*self._step_gradients(grads, variables))
+        self.unwrap().apply(grads, variables)
+
+    def _step_gradients(self, grads, variables):
+        """Returns `(gradients, variables, is_step)` of the optimizer's step."""
+        inner = self.unwrap()
+        steps = inner.gradient_accumulation_steps
+        is_step = True
+        if steps:
+            is_step = ops.equal(
+                (keras_private.micro_batches_seen(inner) + 1) % steps, 0
+            )
+            grads = [
+                g
+                if g is None
+                else (g + keras_private.accumulated_gradient(inner, v)) / steps
+                for g, v in zip(grads, variables)
+            ]
+        if inner.loss_scale_factor:
+            grads = [
+                g if g is None else g / inner.loss_scale_factor for g in grads
+            ]
+        return grads, variables, is_step
+
+    # Everything else is the wrapped optimizer's.
+
+    @property
+    def learning_rate(self):
+        return self.unwrap().learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.unwrap().learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        return self.unwrap().iterations
+
+    def scale_loss(self, loss):
+        return self.unwrap().scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        self.unwrap().finalize_variable_values(var_list)
+
+    def save_own_variables(self, store):
+        self.unwrap().save_own_variables(store)
+
+    def load_own_variables(self, store):
+        self.unwrap().load_own_variables(store)
+
+    def get_config(self):
+        inner = keras.saving.serialize_keras_object(self.unwrap())
+        return {"inner_optimizer": inner}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Returns the wrapped optimizer: there is no model to score here."""
+        return keras.saving.deserialize_keras_object(
+            config["inner_optimizer"], custom_objects=custom_objects
+        )
+
+
+def is_between_accumulations(optimizer) -> bool:
+    """Whether no gradients are summed up for a later step."""
+    if not isinstance(optimizer, SensitivityOptimizer):
+        return True
+    inner = optimizer.unwrap()
+    accumulation = inner.gradient_accumulation_steps or 1
+    if accumulation == 1:
+        return True
+    return int(keras_private.micro_batches_seen(inner)) % accumulation == 0
+
+
+def is_torch_optimizer(optimizer) -> bool:
+    """Whether it is one of `torch.optim`; imports nothing that is not there."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    return isinstance(optimizer, torch.optim.Optimizer)
+
+
+def check_optimizer(optimizer):
+    """Raises where restarting a pair in this optimizer cannot be right."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "SRLoRA needs a `keras.optimizers.Optimizer`: compile the model "
+            f"with one. Received: optimizer={optimizer!r}"
+        )
+    if isinstance(optimizer, keras.optimizers.Ftrl):
+        raise ValueError(
+            "Ftrl keeps no weights: it computes them from its slots in each "
+            "step, so a pair cannot be restarted. Use another optimizer. "
+            f"Received: optimizer={optimizer.name!r}"
+        )
+
+
+def warn_of_rounded_decay(optimizer, layers):
+    """Says where no step of an optimizer of Adam's kind can move a factor.
+
+    Keras computes `1 - beta_2^t` in the dtype of the variable. In bfloat16 the
+    default of 0.999 is 1, and every step is zero.
+    """
+    beta = getattr(optimizer, "beta_2", None)
+    if not isinstance(beta, float) or beta >= 1:
+        return
+    dtypes = {v.dtype: v for layer in layers for v in layer.factors}
+    for dtype, factor in dtypes.items():
+        if 1.0 - beta <= HALF_SPACING_BELOW_ONE.get(dtype, 0.0):
+            warnings.warn(
+                f"Optimizer {optimizer.name!r} will not move {factor.path!r}, "
+                f"nor any other {dtype} weight: its beta_2={beta} is 1 in that "
+                "dtype, so that its steps are zero. Use the dtype policy "
+                "'mixed_bfloat16', which keeps weights in float32, or a "
+                "smaller rate such as beta_2=0.99.",
+                stacklevel=2,
+            )
+
+
+def check_trains(optimizer, layers):
+    """Raises where a built optimizer does not train the layers' factors."""
+    known = {
+        id(v) for v in keras_private.optimizer_trainable_variables(optimizer)
+    }
+    for layer in layers:
+        if not all(id(factor) in known for factor in layer.factors):
+            raise ValueError(
+                f"The optimizer {optimizer.name!r} does not train the factors "
+                f"of layer {layer.path!r}: it was built before the layer was "
+                "converted or while it was frozen. Compile the model again. "
+                f"Received: layer.trainable={layer.trainable}"
+            )

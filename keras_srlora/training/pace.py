@@ -1,0 +1,192 @@
+"""`Pace`: when a run recomposes. It knows steps and losses, no layers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+from keras import ops
+
+from keras_srlora.backend import devices
+from keras_srlora.recipes.definition import Recipe
+from keras_srlora.recipes.schedule import Schedule
+from keras_srlora.training.recomposition import Work
+from keras_srlora.training.run_state import RunState
+
+
+class Pace:
+    """Decides at each step whether it is time to recompose.
+
+    Args:
+        recipe: the `Recipe` of the run.
+        interval: int or `None`. Steps between two recompositions; with a number
+            the recipe's gate is left out.
+        work: function without arguments that returns the `Work` that is left.
+        verbose: 0 or 1. With 1, the gate's decisions are printed.
+
+    Attributes:
+        total_steps: int. Training steps of the run; 0 while unknown.
+        state: `RunState`: schedule, gate and position.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        interval: int | None,
+        work: Callable[[], Work],
+        verbose: int = 0,
+    ):
+        self.recipe = recipe
+        self.interval = interval
+        self.total_steps = 0
+        self.state = RunState()
+        self._work = work
+        self._verbose = verbose
+        self._reported: list = []
+        self._warned = False
+
+    def start(self, step: int, epoch_steps: int = 0) -> None:
+        """Begins at `step`, once a length or an interval is known."""
+        self.state = RunState(
+            Schedule(origin=step, recomposed_at=step), None, -1, epoch_steps
+        )
+        if self.total_steps or self.interval:
+            self._start_schedule(step)
+
+    def resume(self, saved: RunState, epoch_steps: int = 0) -> None:
+        """Goes on with a state that was saved, by its own schedule."""
+        self.state = saved
+        if self.interval:
+            saved.schedule.interval = float(self.interval)
+        saved.epoch_steps = epoch_steps or saved.epoch_steps
+
+    def set_total_steps(self, total_steps: int, step: int) -> None:
+        """Says how long the run is, where it was not known before `step`."""
+        self.total_steps = total_steps
+        if not self.state.schedule.interval and self.state.gate is None:
+            self._start_schedule(step)
+
+    @property
+    def last_step(self) -> float:
+        """Step from which on nothing is recomposed."""
+        total = self.total_steps
+        return self.recipe.stop * total if total else float("inf")
+
+    def wants_loss(self, step: int) -> bool:
+        """Whether the gate would read the loss now."""
+        gate = self.state.gate
+        return gate is not None and step < self.last_step and gate.is_due(step)
+
+    @property
+    def is_too_short(self) -> bool:
+        """Whether the recipe leaves a run of this length alone."""
+        short = 0 < self.total_steps < self.recipe.shortest_run
+        return short and self.interval is None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the loss is to be read, or a recomposition is due."""
+        if step >= self.last_step:
+            return False
+        if self.wants_loss(step):
+            return True
+        gate = self.state.gate
+        is_open = gate is None or gate.is_open
+        return is_open and self.state.schedule.is_due(step)
+
+    def report_loss(self, total, count: float) -> None:
+        """Keeps a sum of losses until the gate reads it."""
+        if self.state.gate is not None:
+            self._reported.append((total, count))
+
+    def decide(self, step: int) -> bool:
+        """Whether to recompose now; where the gate is due, it reads first."""
+        if not self.is_due(step):
+            return False
+        if not self.wants_loss(step):
+            return True
+        if self._reported:
+            return self.consult_gate(step)
+        self._warn_of_silence(step)
+        return False
+
+    def consult_gate(self, step: int) -> bool:
+        """Lets the gate read what was reported; whether it wants a probe."""
+        reported, self._reported = self._reported, []
+        gate = self.state.gate
+        if gate is None or step >= self.last_step:
+            return False
+        total = sum(_to_float(loss) for loss, _ in reported)
+        count = sum(float(number) for _, number in reported)
+        # All processes of a run must hear the same answer.
+        total, count = np.sum(devices.gather((total, count)), axis=0)
+        phase = gate.phase
+        answer = gate.read(step, float(total), float(count))
+        if self._verbose and gate.phase != phase:
+            print(f"\nstep {step}: {gate.describe()}", flush=True)
+        if answer == "go":
+            self._make_schedule(step)
+        return answer == "recompose"
+
+    def _start_schedule(self, step):
+        if self.is_too_short:
+            if self._verbose:
+                print(
+                    f"\nA run of {self.total_steps} steps is plain LoRA: the "
+                    "recipe recomposes runs of at least "
+                    f"{self.recipe.shortest_run} steps.",
+                    flush=True,
+                )
+            return
+        gate = self.recipe.gate_class
+        if gate is None or self.interval is not None:
+            self._make_schedule(step)
+        else:
+            self.state.gate = gate.start(
+                self.total_steps, step, self.recipe.steps_per_pair
+            )
+
+    def _make_schedule(self, step):
+        """Spreads what is left to do over what is left of the run."""
+        left = self.last_step - step
+        count, shortest = self._work()
+        interval = float(self.interval or 0)
+        if self.interval is None:
+            interval = max(self.recipe.choose_interval(left, count), shortest)
+            if interval == 1.0 and math.inf > count > left > 0:
+                _warn(
+                    f"{int(left)} steps are too few to visit all directions in "
+                    f"{count} recompositions: there will be one each step."
+                )
+        if count and 0 < left <= interval and self.state.gate is None:
+            _warn(
+                f"Nothing will be recomposed: the recipe has {int(left)} steps "
+                f"of this run for it, and the first recomposition would come "
+                f"after {interval:g}. Pass a smaller `interval`, or a recipe "
+                f"with other `stop` and `steps_per_pair`. Received: "
+                f"interval={self.interval}, {self.recipe}"
+            )
+        self.state.schedule = Schedule(interval, step, step)
+
+    def _warn_of_silence(self, step):
+        gate = self.state.gate
+        late = gate is not None and step - gate.read_at > gate.window
+        if late and not self._warned:
+            self._warned = True
+            _warn(
+                f"The recipe's gate ({self.recipe.gate!r}) has read no loss "
+                f"until step {step}: nothing is recomposed. Call "
+                "`recomposer.report_loss(loss)` after each step, or pass an "
+                "`interval`, or a recipe without a gate."
+            )
+
+
+def _to_float(loss):
+    if isinstance(loss, (int, float)):
+        return float(loss)
+    return float(ops.convert_to_numpy(ops.stop_gradient(loss)))
+
+
+def _warn(message):
+    warnings.warn(message, stacklevel=3)

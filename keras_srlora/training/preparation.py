@@ -1,0 +1,147 @@
+"""What is checked before a run, and chosen for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from keras_srlora.backend.arguments import check_fraction
+from keras_srlora.backend.keras_private import inside
+from keras_srlora.layers import pairs
+from keras_srlora.layers.find import decompose_kernels
+from keras_srlora.layers.find import match_records
+from keras_srlora.layers.placement import check_same_start
+from keras_srlora.layers.placement import warn_of_whole_factors
+from keras_srlora.layers.requirements import check_initializable
+from keras_srlora.layers.requirements import check_recipe
+from keras_srlora.recipes.definition import Recipe
+from keras_srlora.recipes.definition import get_recipe
+from keras_srlora.training.optimizer import SensitivityOptimizer
+from keras_srlora.training.optimizer import check_optimizer
+from keras_srlora.training.optimizer import check_trains
+from keras_srlora.training.optimizer import is_torch_optimizer
+
+
+def choose_recipe(layers, recipe=None, fusion_ratio=None) -> Recipe:
+    """The recipe of a run: the one that was passed, or that of the layers."""
+    if fusion_ratio is not None:
+        check_fraction("fusion_ratio", fusion_ratio, True, False)
+    if recipe is not None:
+        recipe = get_recipe(recipe)
+    else:
+        recipe = layers[0].recipe
+        for layer in layers:
+            if layer.recipe != recipe:
+                raise ValueError(
+                    "The SRLoRA layers have different recipes; pass the one to "
+                    "follow: `RecompositionCallback(recipe=...)`. Received: "
+                    f"{recipe} in layer {layers[0].path!r}, {layer.recipe} in "
+                    f"layer {layer.path!r}"
+                )
+    if fusion_ratio is None:
+        return recipe
+    return dataclasses.replace(recipe, fusion_ratio=fusion_ratio)
+
+
+def check_model(model, layers):
+    """Raises where `fit` would not train the factors of these layers."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        raise ValueError(
+            f"Model {model.name!r} has no optimizer: compile it first, as "
+            "in `model.compile('adamw', loss)`. Received: "
+            f"optimizer={optimizer!r}"
+        )
+    trainable = {id(v) for v in model.trainable_variables}
+    for layer in layers:
+        if layer.built and not all(id(v) in trainable for v in layer.factors):
+            raise ValueError(_frozen(layer))
+
+
+def check_run(layers, recipe, optimizer):
+    """Raises where a run cannot work, before anything is changed."""
+    for layer in layers:
+        check_initializable(layer)
+        if not layer.trains_factors:
+            raise ValueError(_frozen(layer))
+        check_recipe(layer, recipe, layer.direction_count)
+        _check_start(layer, recipe)
+    if not is_torch_optimizer(optimizer):
+        inner = optimizer
+        if isinstance(optimizer, SensitivityOptimizer):
+            inner = optimizer.unwrap()
+        check_optimizer(inner)
+        if inner.built:
+            check_trains(inner, layers)
+    match_records(layers)
+    check_same_start(layers)
+
+
+def _frozen(layer):
+    return (
+        f"The factors of layer {layer.path!r} are frozen: the run would wait "
+        "for gradients that never come. Set `trainable = True` on it (the "
+        "kernel stays frozen). "
+        f"Received: layer.trainable={layer.trainable}"
+    )
+
+
+def _check_start(layer, recipe):
+    if not layer.initialized or pairs.is_untrained(layer):
+        return
+    if layer.record.starts_as_lora != recipe.starts_as_lora:
+        started = "LoRA's" if layer.record.starts_as_lora else "PiSSA's"
+        raise ValueError(
+            f"The pairs of layer {layer.path!r} were trained already, and "
+            f"started as {started} do. Pass the recipe before training, "
+            "`enable_srlora(model, recipe=...)` or "
+            "`SRLoRADense(..., recipe=...)`, and none to the callback. "
+            f"Received: a recipe that starts with {recipe.start!r}"
+        )
+
+
+def start_layers(layers, recipe):
+    """Decomposes kernels that were not, or whose pairs start in another way.
+
+    The pairs of the latter are untrained, so that they may start anew.
+    """
+    fresh = []
+    for layer in layers:
+        if layer.initialized and _starts_otherwise(layer, recipe):
+            pairs.reset_pairs(layer)
+        if not layer.initialized:
+            fresh.append(layer)
+    warn_of_whole_factors(fresh)
+    decompose_kernels(fresh, recipe)
+
+
+def _starts_otherwise(layer, recipe):
+    if not pairs.is_untrained(layer):
+        return False
+    if recipe.starts_as_lora or layer.record.starts_as_lora:
+        return recipe.starts_as_lora != layer.record.starts_as_lora
+    return recipe.start != layer.recipe.start
+
+
+def check_still_trained(layers, model=None):
+    """Raises where a layer was frozen, or removed, since the run began."""
+    if model is not None:
+        present = inside(model)
+        gone = [x.path for x in layers if id(x) not in present]
+        if gone:
+            raise RuntimeError(
+                "SRLoRA layers were removed from the model during the run, "
+                "whose compiled step still has them: stop training first, then "
+                f"compile and fit again. Received: {gone} are no longer in "
+                f"model {model.name!r}"
+            )
+    frozen = [x for x in layers if not x.trains_factors]
+    for layer in frozen:
+        # On JAX the state of the run is about to be written back.
+        layer.trainable = True
+    if frozen:
+        raise RuntimeError(
+            "SRLoRA layers were frozen during the run, whose compiled step "
+            "still trains them: stop training first, then freeze, compile "
+            "and fit again. They were thawed. Received: "
+            f"trainable=False of {[layer.path for layer in frozen]}"
+        )

@@ -1,0 +1,305 @@
+"""`Recomposer`: a run, in `fit` or in a loop."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+
+from keras_srlora.backend.arguments import check_count
+from keras_srlora.backend.arguments import is_integer
+from keras_srlora.backend.random_state import RandomState
+from keras_srlora.layers.find import srlora_layers
+from keras_srlora.recipes.definition import Recipe
+from keras_srlora.training import preparation
+from keras_srlora.training.optimizer import is_between_accumulations
+from keras_srlora.training.pace import Pace
+from keras_srlora.training.recomposition import Recomposition
+from keras_srlora.training.recomposition import describe
+from keras_srlora.training.recomposition import recompose
+from keras_srlora.training.recomposition import remaining_recompositions
+from keras_srlora.training.recomposition import work_left
+from keras_srlora.training.run_state import RunState
+from keras_srlora.training.scoring import score_steps
+
+# The name of the run among the companions of its first layer.
+COMPANION = "run"
+
+
+class Recomposer:
+    """A run: decides when pairs are recomposed, and does it.
+
+    `RecompositionCallback` has one in `fit`. A training loop of TensorFlow, JAX
+    or PyTorch has one itself, and follows the whole recipe with it:
+
+    ```python
+    recomposer = keras_srlora.Recomposer(model, adam, total_steps=len(batches))
+    optimizer = recomposer.optimizer  # scores the pairs in each step
+    for step, (x, y) in enumerate(batches):
+        recomposer.before_step(step)
+        loss = train_step(x, y)  # with `optimizer`
+        recomposer.report_loss(loss)
+    ```
+
+    Kernels that were not decomposed yet are decomposed when it is made. Its
+    state is saved with the weights of its first layer; see `restore`.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers, or a list of such layers.
+        optimizer: the optimizer of the loop. One of Keras is wrapped in a
+            `SensitivityOptimizer`, which the loop must use:
+            `recomposer.optimizer`. One of `torch.optim` is used as it is:
+            whenever it steps, the gradients that it finds are scored before.
+        recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
+            layers.
+        total_steps: int. Training steps of the run. Needed unless `interval`
+            is given; `0` where it is not known yet, see `set_total_steps`.
+        interval: int or `None`. Steps between two recompositions; with a number
+            the recipe's gate is left out.
+        fusion_ratio: float in (0, 1], or `None` for that of the recipe.
+        verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
+
+    Attributes:
+        layers: list of the SRLoRA layers.
+        recipe: the `Recipe` of the run.
+        optimizer: the optimizer to train with.
+        sensitivity: the `Sensitivity` that scores the pairs.
+        events: list of `Recomposition`: what happened, in order.
+        pace: `Pace`: schedule, gate and position.
+
+    Raises:
+        ValueError: before anything is changed, if there is no SRLoRA layer, one
+            is not built or is frozen, a kernel is not finite, the optimizer
+            cannot work or was built for other variables, the pairs have started
+            in another way than the recipe's, or neither `total_steps` nor
+            `interval` is given.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model | list,
+        optimizer: Any,
+        recipe: Recipe | str | dict | None = None,
+        total_steps: int | None = None,
+        interval: int | None = None,
+        *,
+        fusion_ratio: float | None = None,
+        verbose: int = 0,
+    ) -> None:
+        interval = check_count("interval", interval, "steps", True)
+        if total_steps is None and interval is None:
+            raise ValueError(
+                "The length of the run is needed to spread recompositions over "
+                "it: pass `total_steps`, or an `interval`. "
+                f"Received: {total_steps=}, {interval=}"
+            )
+        if total_steps != 0:
+            total_steps = check_count("total_steps", total_steps, "steps", True)
+        self._model = model if isinstance(model, keras.Model) else None
+        self.layers = (
+            list(model) if self._model is None else srlora_layers(model)
+        )
+        self.recipe = preparation.choose_recipe(
+            self.layers, recipe, fusion_ratio
+        )
+        preparation.check_run(self.layers, self.recipe, optimizer)
+        self.optimizer, self.sensitivity = score_steps(
+            optimizer, self.layers, self.recipe.beta1, self.recipe.beta2
+        )
+        preparation.start_layers(self.layers, self.recipe)
+        self.events: list[Recomposition] = []
+        self.pace = Pace(self.recipe, interval, self._work_left, verbose)
+        self.pace.total_steps = total_steps or 0
+        self.restored = False  # whether a file was loaded since it was made
+        self._verbose = verbose
+        self._begun = False
+        self._warned_of_exhausted = False
+        self._random: RandomState | None = None
+        self._saved = self.layers[0].companions.attach(
+            COMPANION, _SavedPart(self)
+        )
+        if total_steps != 0:
+            self.start(0)
+
+    # Each step.
+
+    def is_due(self, step: int) -> bool:
+        """Whether `before_step(step)` may look at, or change, variables.
+
+        A JAX loop writes its state to the variables first.
+        """
+        return self.pace.is_due(step)
+
+    def before_step(self, step: int) -> list[Recomposition]:
+        """Recomposes where it is time; to be called before each step.
+
+        Args:
+            step: int. Training steps done.
+
+        Returns:
+            List of `Recomposition`: what was done; mostly empty.
+
+        Raises:
+            RuntimeError: if an SRLoRA layer was frozen since the run began.
+        """
+        if not is_integer(step) or step < 0:
+            raise ValueError(
+                "`step` must be the number of training steps done. "
+                f"Received: {step=}"
+            )
+        step = int(step)
+        self.pace.state.begun = step
+        if not self.is_due(step) or not is_between_accumulations(
+            self.optimizer
+        ):
+            return []
+        return self._recompose(step) if self.pace.decide(step) else []
+
+    def report_loss(self, total: Any, count: float = 1) -> None:
+        """Tells the losses of the steps since the last report.
+
+        Only a recipe with a gate looks at them.
+
+        Args:
+            total: sum of the losses: a number, or a scalar tensor, which is
+                read no sooner than it is needed.
+            count: how many losses the sum has. Defaults to `1`.
+        """
+        self.pace.report_loss(total, count)
+
+    def consult_gate(self, step: int) -> list[Recomposition]:
+        """Lets the gate read what was reported, though it is not due."""
+        if not is_between_accumulations(self.optimizer):
+            return []
+        return self._recompose(step) if self.pace.consult_gate(step) else []
+
+    # Beginning, and going on.
+
+    def start(self, step: int, epoch_steps: int = 0) -> None:
+        """Begins a run at `step`, with all directions that are unused."""
+        self._begin()
+        self.pace.start(step, epoch_steps)
+
+    def resume(self, saved: RunState, epoch_steps: int = 0) -> None:
+        """Goes on with a state that was saved, by its own schedule."""
+        self._begin()
+        self.pace.resume(saved, epoch_steps)
+
+    def restore(self, arrays: dict | None = None) -> None:
+        """Goes on where a saved run was.
+
+        The state of a run is part of a weights file. `model.load_weights`
+        restores the run of a `Recomposer` that was made before; one that is
+        made afterwards goes on after `recomposer.restore()`. The loop goes on
+        with step `recomposer.steps_done`.
+
+        Args:
+            arrays: what `to_arrays` returned. Defaults to `None`: what was
+                loaded with the layers before the `Recomposer` was made.
+
+        Raises:
+            ValueError: if there is nothing to restore, it is of another format,
+                or of a run with another kind of gate.
+        """
+        if arrays is not None:
+            self._saved = arrays
+        if not self._saved:
+            raise ValueError(
+                "There is no saved run to go on with: load the weights "
+                "that were saved in its middle first. Received: layers "
+                f"whose first is {self.layers[0].path!r}, without a run"
+            )
+        self.resume(self.saved_state(with_gate=True))
+
+    def to_arrays(self) -> dict:
+        """The state as `{name: array}`, for a file of arrays.
+
+        Events are in the records of the layers, scores beside them.
+        """
+        if not self._begun and self._saved:
+            # What was loaded is still what there is.
+            return self._saved
+        random = {} if self._random is None else self._random.to_arrays()
+        return {"state": self.pace.state.to_array(self.recipe), **random}
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that were begun: with which a restored loop goes on."""
+        return self.pace.state.begun + 1
+
+    def saved_state(self, with_gate: bool = False) -> RunState:
+        """The state that was loaded; that of no run where there is none."""
+        if not self._saved:
+            return RunState()
+        recipe = self.recipe if with_gate else None
+        return RunState.from_array(self._saved["state"], recipe)
+
+    def take(self, arrays: dict) -> None:
+        """Takes over the state that a weights file holds."""
+        self._saved = arrays
+        self.restored = bool(arrays)
+        if not arrays or not self._begun:
+            # `fit` decides where it goes on when its first epoch begins.
+            return
+        if self.pace.state.begun < 0:
+            self.restore()
+        elif self._random is not None:
+            # In the middle of a run its own schedule stays.
+            self._random.restore(arrays)
+
+    def _begin(self):
+        self._begun = True
+        if self._model is not None:
+            self._random = RandomState(self._model)
+            self._random.restore(self._saved)
+
+    # A recomposition.
+
+    def _recompose(self, step):
+        preparation.check_still_trained(self.layers, self._model)
+        exhausted = [
+            layer
+            for layer in self.layers
+            if not remaining_recompositions(layer, self.recipe)
+        ]
+        if exhausted:
+            self._warn_of_exhausted(exhausted)
+        events = recompose(self.sensitivity, self.optimizer, step, self.recipe)
+        self.pace.state.schedule.recomposed_at = step
+        self.events.extend(events)
+        if events and self._verbose:
+            print(f"\n{describe(events, len(self.layers))}", flush=True)
+        return events
+
+    def _work_left(self):
+        work = work_left(self.layers, self.recipe, self.pace.total_steps)
+        if work.recompositions == 0:
+            self._warn_of_exhausted(self.layers)
+        return work
+
+    def _warn_of_exhausted(self, layers):
+        if self._warned_of_exhausted:
+            return
+        self._warned_of_exhausted = True
+        step = max(0, self.pace.state.begun)
+        warnings.warn(
+            f"{len(layers)} of {len(self.layers)} SRLoRA layers have used "
+            f"all their directions at step {step} and train on as plain "
+            f"LoRA: {[layer.path for layer in layers[:3]]}. A larger "
+            "`target_rank` has more directions.",
+            stacklevel=2,
+        )
+
+
+class _SavedPart:
+    """A run as the companion of its first layer."""
+
+    def __init__(self, recomposer):
+        self._recomposer = recomposer
+
+    def to_arrays(self):
+        return self._recomposer.to_arrays()
+
+    def restore(self, arrays):
+        self._recomposer.take(arrays)

@@ -1,0 +1,77 @@
+"""Where a run is, as a file holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from keras_srlora.files.packing import pack
+from keras_srlora.files.packing import unpack
+from keras_srlora.recipes.definition import Recipe
+from keras_srlora.recipes.protocol import Gate
+from keras_srlora.recipes.schedule import Schedule
+
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class RunState:
+    """Schedule, gate and position of a run.
+
+    Attributes:
+        schedule: `Schedule`; without an interval before it is known.
+        gate: a `Gate`, or `None`.
+        begun: step of the batch that began last, -1 before the first. What is
+            saved is the state after it.
+        epoch_steps: steps of an epoch of `fit`; 0 while unknown, or in a loop.
+    """
+
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    gate: Gate | None = None
+    begun: int = -1
+    epoch_steps: int = 0
+
+    def to_array(self, recipe: Recipe) -> np.ndarray:
+        """All of it, by name, with the kind of the gate."""
+        gate = None if self.gate is None else self.gate.to_dict()
+        return pack(
+            {
+                "schedule": dataclasses.asdict(self.schedule),
+                "begun": self.begun,
+                "epoch_steps": self.epoch_steps,
+                "gate_kind": "none" if gate is None else recipe.gate,
+                "gate": gate,
+            },
+            "run",
+            FORMAT,
+        )
+
+    @classmethod
+    def from_array(cls, array, recipe: Recipe | None) -> RunState:
+        """The inverse of `to_array`; without a recipe, without the gate.
+
+        Raises:
+            ValueError: if it is of another format, or its gate is of another
+                kind than the recipe's.
+        """
+        saved = unpack(array, "run", FORMAT)
+        gate = saved["gate"]
+        if recipe is None:
+            gate = None
+        elif gate is not None:
+            if saved["gate_kind"] != recipe.gate:
+                raise ValueError(
+                    "The saved run has a gate of another kind than its recipe. "
+                    f"Received: gate={saved['gate_kind']!r} in the saved run, "
+                    f"gate={recipe.gate!r} in the recipe. Pass the recipe that "
+                    "the run began with."
+                )
+            gate_class = recipe.gate_class
+            gate = None if gate_class is None else gate_class.from_dict(gate)
+        return cls(
+            Schedule(**saved["schedule"]),
+            gate,
+            saved["begun"],
+            saved["epoch_steps"],
+        )

@@ -1,0 +1,136 @@
+"""Putting a `SensitivityOptimizer` into a model for the time of a `fit`.
+
+A `LossScaleOptimizer` stays outside of it, so that a step that overflows leaves
+no mark. The wrapper, and the train function that was compiled with it, stay
+with the model for the next `fit`, which then compiles nothing.
+"""
+
+import keras
+
+from keras_srlora.backend import keras_private
+from keras_srlora.training.optimizer import SensitivityOptimizer
+
+
+def split_optimizer(model):
+    """Returns the `LossScaleOptimizer` or `None`, and the stock optimizer."""
+    outer, inner = None, model.optimizer
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        outer, inner = inner, inner.inner_optimizer
+    if isinstance(inner, SensitivityOptimizer):
+        # Of a run that was interrupted, or put there by hand.
+        inner = inner.unwrap()
+    return outer, inner
+
+
+def wrap_optimizer(model, layers, beta1, beta2):
+    """Lets a model train with a `SensitivityOptimizer` around its optimizer.
+
+    Returns:
+        The wrapper: that of the last `fit`, where nothing has changed since.
+    """
+    outer, inner = split_optimizer(model)
+    kept = keras_private.get_kept_training(model)
+    if kept is None or not kept.serves(
+        model, outer, inner, layers, beta1, beta2
+    ):
+        if kept is not None:
+            kept.leave(model)
+        wrapper = SensitivityOptimizer(inner, layers, beta1, beta2)
+        kept = _Kept(model, outer, wrapper)
+        keras_private.keep_training(model, kept)
+    kept.enter(model)
+    if not model.optimizer.built:
+        # TensorFlow builds an optimizer in the first step.
+        model.optimizer.build(model.trainable_variables)
+    return kept.wrapper
+
+
+def unwrap_optimizer(model):
+    """Gives a model its own optimizer back; the wrapper is kept."""
+    kept = keras_private.get_kept_training(model)
+    if kept is not None:
+        kept.leave(model)
+    outer, inner = split_optimizer(model)
+    put_in_place(model, outer, inner)
+
+
+def is_wrapped_by(model, wrapper):
+    """Whether a model trains with a wrapper; asked before every step."""
+    optimizer = model.optimizer
+    return getattr(optimizer, "inner_optimizer", optimizer) is wrapper
+
+
+def put_in_place(model, outer, inner):
+    """Gives a model an optimizer, inside of a `LossScaleOptimizer` if any.
+
+    A scored optimizer in there would be saved with the statistics among its
+    variables: for the time of it the outer one saves itself as the stock one.
+    """
+    if outer is None:
+        model.optimizer = inner
+        return
+    outer.inner_optimizer = inner
+    model.optimizer = outer
+    for name in ("save_own_variables", "load_own_variables"):
+        if isinstance(inner, SensitivityOptimizer):
+            setattr(outer, name, _as_stock(outer, inner, name))
+        elif name in vars(outer):
+            delattr(outer, name)
+
+
+def _as_stock(outer, inner, name):
+    method = getattr(type(outer), name)
+
+    def call(store):
+        outer.inner_optimizer = inner.unwrap()
+        try:
+            method(outer, store)
+        finally:
+            outer.inner_optimizer = inner
+
+    return call
+
+
+class _Kept:
+    """A wrapper, and the train function that is not in use."""
+
+    def __init__(self, model, outer, wrapper):
+        self.outer = outer
+        self.wrapper = wrapper
+        self._compiled = keras_private.compile_config(model)
+        self._train_function = None
+        self._entered = False
+
+    def serves(self, model, outer, inner, layers, beta1, beta2):
+        """Whether a run with these can go on with what was compiled."""
+        scores = self.wrapper.sensitivity
+        return (
+            # A new object with each call of `compile`.
+            self._compiled is keras_private.compile_config(model)
+            and self.outer is outer
+            and self.wrapper.unwrap() is inner
+            and (scores.beta1, scores.beta2) == (beta1, beta2)
+            and len(scores.layers) == len(layers)
+            and all(a is b for a, b in zip(scores.layers, layers))
+            and scores.is_attached
+        )
+
+    def enter(self, model):
+        """Puts the wrapper in place, with the function compiled for it."""
+        put_in_place(model, self.outer, self.wrapper)
+        if not self._entered:
+            # Not after a run that was interrupted: they are in place.
+            self._exchange_functions(model)
+            self._entered = True
+
+    def leave(self, model):
+        """The inverse of `enter`; nothing where `compile` came in between."""
+        if self._entered and is_wrapped_by(model, self.wrapper):
+            put_in_place(model, self.outer, self.wrapper.unwrap())
+            self._exchange_functions(model)
+        self._entered = False
+
+    def _exchange_functions(self, model):
+        self._train_function = keras_private.exchange_train_function(
+            model, self._train_function
+        )
