@@ -27,7 +27,7 @@ import keras
 from keras import ops
 
 import keras_srlora
-from keras_srlora._layer import SRLoRALayer
+from keras_srlora.layers import pairs
 
 RANK, TARGET_RANK = 8, 64
 MODELS = {
@@ -124,7 +124,7 @@ def convert(name, layers, path):
     )
     total = time.perf_counter() - start
     peak = memory("VmHWM") - before
-    assert not any(x.adapter_state.remainder is not None for x in converted)
+    assert not any(x.frozen.remainder is not None for x in converted)
     return {
         "total": total,
         "kernels": {k: statistics.median(v) for k, v in seconds.items()},
@@ -149,7 +149,7 @@ def build(name, layers):
 
 def time_kernels():
     """`{name: [seconds]}`, which fills while kernels are decomposed."""
-    seconds, original = {}, SRLoRALayer.start_pairs
+    seconds, original = {}, pairs.start_pairs
 
     def timed(layer, *args):
         start = time.perf_counter()
@@ -159,7 +159,7 @@ def time_kernels():
         taken = time.perf_counter() - start
         seconds.setdefault(layer.name, []).append(taken)
 
-    SRLoRALayer.start_pairs = timed
+    pairs.start_pairs = timed
     return seconds
 
 

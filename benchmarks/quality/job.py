@@ -55,7 +55,7 @@ def run(key):
         "parameters": sum(
             int(np.prod(v.shape)) for v in model.trainable_variables
         ),
-        "recompositions": sum(len(callback.record) for callback in callbacks),
+        "recompositions": sum(len(callback.events) for callback in callbacks),
         "seconds": round(time.time() - start, 2),
         "keras": f"{keras.__version__} {keras.backend.backend()}",
     }

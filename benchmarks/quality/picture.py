@@ -78,7 +78,7 @@ def train(method, rank, args):
         validation_data=(x[:EXAMPLES], y[:EXAMPLES]),
         validation_batch_size=EXAMPLES,
     )
-    events = {event.step for c in callbacks for event in c.record}
+    events = {event.step for c in callbacks for event in c.events}
     return {
         "parameters": sum(
             int(np.prod(v.shape)) for v in model.trainable_variables

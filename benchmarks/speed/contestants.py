@@ -13,7 +13,7 @@ import numpy as np
 
 import keras_srlora
 from benchmarks.shared.timings import Loop
-from keras_srlora.convert import _find_targets
+from keras_srlora.conversion.targets import find_targets
 
 VOCABULARY, TOKENS = 30522, 128
 RATE = 1e-4
@@ -61,7 +61,7 @@ def classifier(layers=2, width=768, dtype=None):
 
 def targets(model):
     """The layers that SRLoRA adapts by default; all others adapt the same."""
-    return _find_targets(model.backbone, None)
+    return find_targets(model.backbone, None)
 
 
 def full(model, rank):

@@ -20,8 +20,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_srlora._decomposition import OVERSAMPLING
-from keras_srlora._decomposition import decompose
+from keras_srlora.functional.decomposition import OVERSAMPLING
+from keras_srlora.functional.decomposition import decompose
 
 # How often, and of which shape, in one layer of BERT-base.
 SHAPES = {(768, 768): 4, (768, 3072): 1, (3072, 768): 1}

@@ -19,7 +19,7 @@ import keras_srlora
 from benchmarks.shared import timings
 from benchmarks.speed import contestants
 from benchmarks.speed.contestants import BeforeStep
-from keras_srlora._decomposition import decompose
+from keras_srlora.functional.decomposition import decompose
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 WIDTHS = (256, 512, 1024, 2048, 4096)
