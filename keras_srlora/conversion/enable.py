@@ -68,8 +68,8 @@ def enable_srlora(
             has none there, all `Dense` and `EinsumDense` layers but those that
             make its outputs. Kernels to a single number, such as the gate of a
             shared expert, and layers that the model never calls are left out.
-        recipe: `"adaptive"` (LoRA, recomposed where the loss is flat),
-            `"lora_restarts"` (recomposed from early on), `"paper"` (SRLoRA as
+        recipe: `"adaptive"` (LoRA that recomposes in long runs),
+            `"lora_restarts"` (in short ones too), `"paper"` (SRLoRA as
             published) or a `Recipe`: how pairs start, which are fused, along
             what they restart, and when.
         decomposition: `"exact"`, `"randomized"` or `"auto"`.

@@ -74,9 +74,11 @@ class Recipe:
 
     The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
     2505.12433, section 3), which leaves `slots` open.
-    `recipe="lora_restarts"` starts each pair, the first ones too, as LoRA does.
-    `recipe="adaptive"`, which layers have by default, is that with a gate: it
-    is LoRA unless the loss shows that the rank limits it.
+    `recipe="adaptive"`, which layers have by default, starts each pair as LoRA
+    does, trains it for a twentieth of the run and at least 100 steps, then
+    fuses it and restarts its slot; it leaves runs of fewer than 700 steps
+    alone. `recipe="lora_restarts"` does the same in the first half of a run of
+    any length, once for each direction.
 
     Example:
 
@@ -186,8 +188,8 @@ def _name(field, choice):
     for name, function in table.items():
         if choice is not None and choice is function:
             return name
-    name = keras.saving.get_registered_name(choice)
-    if not callable(choice) or _registered(name) is not choice:
+    name = callable(choice) and keras.saving.get_registered_name(choice)
+    if not name or _registered(name) is not choice:
         raise ValueError(
             f"`{field}` must be one of {sorted(table)}, or a function that is "
             "registered, so that it can be saved by name: decorate it with "
@@ -227,7 +229,14 @@ LORA_RESTARTS = Recipe(
 RECIPES = {
     "paper": Recipe(),
     "lora_restarts": LORA_RESTARTS,
-    "adaptive": dataclasses.replace(LORA_RESTARTS, gate="flat_loss", stop=0.8),
+    "adaptive": dataclasses.replace(
+        LORA_RESTARTS,
+        schedule="by_life",
+        pair_life=0.05,
+        shortest_run=700,
+        reuse_directions=True,
+        stop=0.85,
+    ),
 }
 
 

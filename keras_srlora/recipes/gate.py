@@ -181,6 +181,10 @@ class FlatLoss:
         state = dataclasses.asdict(self)
         return {**state, "points": [list(pair) for pair in self.points]}
 
+    def get_config(self) -> dict:
+        """As `to_dict`: Keras registers no class without this method."""
+        return self.to_dict()
+
     @classmethod
     def from_dict(cls, state: dict):
         """The inverse of `to_dict`."""
