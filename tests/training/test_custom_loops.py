@@ -305,7 +305,7 @@ def run_script(backend, tmp_path, *arguments, keras_backend=BACKEND):
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_script_learns_and_recomposes(recipe, tmp_path):
     """With its own recipe in a run that is long enough for it."""
-    steps, expected = 700, range(50, 595, 50)
+    steps, expected = 1000, range(100, 850, 100)
     arguments = [f"--steps={steps}"]
     if recipe == "paper":
         steps, expected = 40, (7, 14, 20, 27, 34)
