@@ -69,7 +69,11 @@ def enable_srlora(
     name it in `modules_to_save`; after `merge_srlora`, `model.trainable = True`
     thaws everything.
 
-    A model that was compiled before must be compiled again.
+    Every model that holds one of the layers computes and trains the converted
+    ones: its compiled functions are traced again, with TensorFlow every
+    `tf.function` that reads the layers, too, and its optimizer, where it was
+    built, starts anew, at step 0. What is compiled for good is out of reach: a
+    concrete function, an exported model, a `jax.jit` function.
 
     Args:
         model: a built `keras.Model`, e.g. a KerasHub backbone or task.
