@@ -80,7 +80,7 @@ def oldest(session):
         "-W",
         "ignore:In the future",
         # The checkpoint of the example with BERT is read by newer KerasHubs.
-        "--ignore=tests/test_examples.py",
+        "--ignore=tests/whole/test_examples.py",
     )
 
 

@@ -102,8 +102,8 @@ def _compile_fast():
 @pytest.mark.parametrize("name", exported_classes())
 def test_backbone(name, table, tmp_path, rng):
     assert name in backbones.BACKBONES, (
-        f"KerasHub exports {name}, which `tests/backbones.py` does not make: "
-        "add an entry to `BACKBONES`."
+        f"KerasHub exports {name}, which `tests/whole/backbones.py` does not "
+        "make: add an entry to `BACKBONES`."
     )
     slow = backbones.SLOW | (
         backbones.SLOW_ON_JAX if BACKEND == "jax" else set()
