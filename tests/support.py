@@ -10,6 +10,17 @@ import keras_srlora
 from keras_srlora.adapters import format as adapter_format
 from keras_srlora.files import tensors as tensors_file
 
+# Restarts behind the gate that waits for a flat loss.
+GATED = keras_srlora.Recipe(
+    start="lora",
+    selection="oldest",
+    scale="as_lora",
+    slots="zero",
+    steps_per_pair=100,
+    gate="flat_loss",
+    stop=0.8,
+)
+
 # A warning of torch of Keras 3.13, also where pytest's filters do not reach.
 OF_OTHERS = "Using a non-tuple sequence for multidimensional"
 

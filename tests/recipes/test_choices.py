@@ -42,6 +42,9 @@ def test_the_published_recipe_is_one_argument_away():
         "gate": "none",
         "fusion_ratio": 0.5,
         "steps_per_pair": 1,
+        "pair_life": 0.0,
+        "shortest_run": 1,
+        "reuse_directions": False,
         "stop": 1.0,
         "beta1": 0.85,
         "beta2": 0.85,
@@ -251,9 +254,9 @@ def test_a_function_in_the_recipe_of_a_saved_model(rng, tmp_path):
     """By name in the `.keras` file, and in use after it."""
     recipe = Recipe(selection=most_important, order=smallest_singular_value)
     model = two_layer_model(rng, rank=2, target_rank=12, recipe=recipe)
-    model.compile("adam", "mse")
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.compile("adam", "mse")
     assert loaded.get_layer("hidden").recipe == recipe
     callback = RecompositionCallback(interval=5)
     loaded.fit(

@@ -1,8 +1,9 @@
-"""The gate of the default recipe in a run."""
+"""The gate that waits for a flat loss, in a run."""
 
 import keras
 import numpy as np
 import pytest
+from support import GATED
 from support import assert_same_variables
 from support import effective
 
@@ -10,7 +11,6 @@ import keras_srlora
 from keras_srlora import Recipe
 from keras_srlora import RecompositionCallback
 from keras_srlora.backend import keras_private
-from keras_srlora.recipes.definition import RECIPES
 
 # A rank of 1, where the teacher has 12.
 
@@ -21,7 +21,7 @@ def teacher_data():
     return x, (x @ rng.standard_normal((12, 12))).astype("float32")
 
 
-def student(recipe="adaptive", rate=0.03):
+def student(recipe=GATED, rate=0.03):
     keras.utils.set_random_seed(5)
     inputs = keras.Input((12,))
     layer = keras_srlora.SRLoRADense(
@@ -47,9 +47,9 @@ def train(model, callback, epochs=50, **kwargs):
 
 
 def quick(**kwargs):
-    """The default recipe, for a run of 800 steps."""
+    """The recipe with the gate, for a run of 800 steps."""
     return keras_srlora.Recipe(
-        **{**RECIPES["adaptive"].to_dict(), "steps_per_pair": 40, **kwargs}
+        **{**GATED.to_dict(), "steps_per_pair": 40, **kwargs}
     )
 
 
@@ -70,8 +70,7 @@ def test_where_the_loss_falls_the_run_is_plain_lora_to_the_bit():
     """8 epochs are too short for the loss to become flat at this rate."""
     callback = RecompositionCallback()
     model, plain = (
-        student(recipe, rate=0.003)
-        for recipe in ("adaptive", Recipe(start="lora"))
+        student(recipe, rate=0.003) for recipe in (GATED, Recipe(start="lora"))
     )
     losses = train(model, callback, epochs=8)
     assert callback.events == []

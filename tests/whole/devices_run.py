@@ -16,6 +16,7 @@ import warnings
 
 import keras
 import numpy as np
+from support import GATED
 from support import converted_model
 from support import frozen_kernel
 from support import state_arrays
@@ -26,7 +27,6 @@ import keras_srlora
 from keras_srlora.backend import devices as backend_devices
 from keras_srlora.layers import pairs
 from keras_srlora.layers.matching import find_record
-from keras_srlora.recipes.definition import RECIPES
 from keras_srlora.training.run_state import RunState
 
 PROCESSES = 2
@@ -479,12 +479,12 @@ def torch_mishaps(output, port, index):
             found[mishap] = str(error)
         after = frozen_kernel(model.get_layer("first"))
         found[f"{mishap} kept"] = np.array_equal(before, after)
-    model = make_model(recipe="adaptive")
+    model = make_model(recipe=GATED)
     average_gradients(model)
     model.optimizer.learning_rate = 1e-5  # flat from the start
-    fit(model, *data, batch_size=BATCH // PROCESSES, recipe="adaptive")
+    fit(model, *data, batch_size=BATCH // PROCESSES, recipe=GATED)
     run = srlora_layers(model)[0].companions.arrays_of("run")
-    gate = RunState.from_array(run["state"], RECIPES["adaptive"]).gate
+    gate = RunState.from_array(run["state"], GATED).gate
     points = gate.to_dict().pop("points")
     found["gate"] = np.array([gate.first, gate.read_at, *np.ravel(points)])
     save(output, found, f"process_{index}")
