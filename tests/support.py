@@ -1,10 +1,25 @@
 """Builders and readers shared by the tests; degenerate matrices live here."""
 
+from typing import NamedTuple
+
 import keras
 import numpy as np
 from keras import ops
 
 import keras_srlora
+from keras_srlora.adapters import format as adapter_format
+from keras_srlora.files import tensors as tensors_file
+
+# Restarts behind the gate that waits for a flat loss.
+GATED = keras_srlora.Recipe(
+    start="lora",
+    selection="oldest",
+    scale="as_lora",
+    slots="zero",
+    steps_per_pair=100,
+    gate="flat_loss",
+    stop=0.8,
+)
 
 # A warning of torch of Keras 3.13, also where pytest's filters do not reach.
 OF_OTHERS = "Using a non-tuple sequence for multidimensional"
@@ -41,7 +56,7 @@ def dense_layer(kernel, initialize=True, **kwargs):
     kwargs = {"recipe": "paper", **kwargs}
     layer = keras_srlora.SRLoRADense(kernel.shape[1], **kwargs)
     layer.build((None, kernel.shape[0]))
-    layer.kernel.assign(kernel)
+    layer.frozen.variable.assign(kernel)
     if initialize:
         layer.initialize_factors()
     return layer
@@ -132,6 +147,47 @@ def recomposing_fit(model, data, interval=5, epochs=1, **kwargs):
 
 def effective(layer):
     return to_numpy(layer.effective_kernel())
+
+
+def frozen_kernel(layer):
+    """The kernel that is stored; `layer.kernel` is the effective one."""
+    return to_numpy(layer.frozen.variable)
+
+
+class Statistics(NamedTuple):
+    """Of one layer's pairs, by step."""
+
+    average_a: np.ndarray
+    uncertainty_a: np.ndarray
+    average_b: np.ndarray
+    uncertainty_b: np.ndarray
+
+
+def statistics(layer):
+    """What the layer would save of its scores, copied."""
+    arrays = layer.companions.arrays_of("sensitivity")
+    return Statistics(**{k: np.array(v) for k, v in arrays.items()})
+
+
+def state_arrays(layer):
+    """All that is saved with a layer beside its variables, copied."""
+    arrays = {
+        **layer.record.to_arrays(),
+        **layer.frozen.to_arrays(),
+        **layer.companions.to_arrays(),
+    }
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def read_adapter(path):
+    """The tensors and the metadata of an adapter file."""
+    with tensors_file.opened(path, adapter_format.KIND) as (tensors, metadata):
+        return dict(tensors), metadata
+
+
+def write_adapter(path, tensors, metadata):
+    """Writes an adapter file of whatever it is given."""
+    tensors_file.write(path, tensors, metadata, adapter_format.KIND)
 
 
 class Recorder(keras.callbacks.Callback):

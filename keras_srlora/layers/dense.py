@@ -46,8 +46,8 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
         lora_alpha: Positive number. The low-rank part is scaled by
             `lora_alpha / rank`. Defaults to `None`: `rank`, so scale 1, as in
             the paper.
-        recipe: `"adaptive"` (LoRA, recomposed where the loss is flat),
-            `"lora_restarts"` (recomposed from early on), `"paper"` (SRLoRA as
+        recipe: `"adaptive"` (LoRA that recomposes in long runs),
+            `"lora_restarts"` (in short ones too), `"paper"` (SRLoRA as
             published) or a `Recipe`: how pairs start, which are fused, along
             what they restart, and when. Defaults to `"adaptive"`.
         decomposition: `"exact"`, `"randomized"` or `"auto"` (by size).

@@ -65,8 +65,8 @@ class Recipe:
         shortest_run: int. Steps of the shortest run that is recomposed at all;
             a shorter one is plain LoRA (or PiSSA, as it starts).
         reuse_directions: bool. Whether directions come again once pairs started
-            along all of them, so that they never run out. For a `scale` that
-            subtracts nothing (`"as_lora"`).
+            along all of them, so that they never run out. For pairs that
+            subtract nothing (`start="lora"`, `scale="as_lora"`).
         stop: float in (0, 1]. Part of the run after which nothing is
             recomposed, so that the last pairs have their time.
         beta1: float in [0, 1). Decay of the average sensitivity `Ī`.
@@ -74,9 +74,11 @@ class Recipe:
 
     The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
     2505.12433, section 3), which leaves `slots` open.
-    `recipe="lora_restarts"` starts each pair, the first ones too, as LoRA does.
-    `recipe="adaptive"`, which layers have by default, is that with a gate: it
-    is LoRA unless the loss shows that the rank limits it.
+    `recipe="adaptive"`, which layers have by default, starts each pair as LoRA
+    does, trains it for a twentieth of the run and at least 100 steps, then
+    fuses it and restarts its slot; it leaves runs of fewer than 700 steps
+    alone. `recipe="lora_restarts"` does the same in the first half of a run of
+    any length, once for each direction.
 
     Example:
 
@@ -111,19 +113,26 @@ class Recipe:
         for field in TABLES:
             name = _name(field, getattr(self, field))
             object.__setattr__(self, field, name)
-        check_fraction("fusion_ratio", self.fusion_ratio, True, False)
-        check_fraction("stop", self.stop, True, False)
-        check_fraction("pair_life", self.pair_life, False, True)
-        check_fraction("beta1", self.beta1, False, True)
-        check_fraction("beta2", self.beta2, False, True)
+        # As Python's numbers, which JSON can hold.
+        for field, low_open, high_open in (
+            ("fusion_ratio", True, False),
+            ("stop", True, False),
+            ("pair_life", False, True),
+            ("beta1", False, True),
+            ("beta2", False, True),
+        ):
+            number = getattr(self, field)
+            number = check_fraction(field, number, low_open, high_open)
+            object.__setattr__(self, field, number)
         for field in ("steps_per_pair", "shortest_run"):
             steps = check_count(field, getattr(self, field), "steps")
             object.__setattr__(self, field, steps)
-        if self.reuse_directions and self.scale != "as_lora":
+        if self.reuse_directions and self.subtracts:
             raise ValueError(
-                "Directions can come again only where a restart subtracts "
-                'nothing from the kernel: `scale="as_lora"`. '
-                f"Received: reuse_directions=True, scale={self.scale!r}"
+                "Directions can come again only where nothing is subtracted "
+                'from the kernel: `start="lora"` and `scale="as_lora"`. '
+                f"Received: reuse_directions=True, start={self.start!r}, "
+                f"scale={self.scale!r}"
             )
 
     @property
@@ -186,8 +195,8 @@ def _name(field, choice):
     for name, function in table.items():
         if choice is not None and choice is function:
             return name
-    name = keras.saving.get_registered_name(choice)
-    if not callable(choice) or _registered(name) is not choice:
+    name = callable(choice) and keras.saving.get_registered_name(choice)
+    if not name or _registered(name) is not choice:
         raise ValueError(
             f"`{field}` must be one of {sorted(table)}, or a function that is "
             "registered, so that it can be saved by name: decorate it with "
@@ -227,7 +236,14 @@ LORA_RESTARTS = Recipe(
 RECIPES = {
     "paper": Recipe(),
     "lora_restarts": LORA_RESTARTS,
-    "adaptive": dataclasses.replace(LORA_RESTARTS, gate="flat_loss", stop=0.8),
+    "adaptive": dataclasses.replace(
+        LORA_RESTARTS,
+        schedule="by_life",
+        pair_life=0.05,
+        shortest_run=700,
+        reuse_directions=True,
+        stop=0.85,
+    ),
 }
 
 

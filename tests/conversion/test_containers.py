@@ -1,0 +1,244 @@
+"""A `.keras` file of a converted model, read where nobody converted it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from support import OF_OTHERS
+from support import tiny_bert
+from support import to_numpy
+
+import keras_srlora
+from keras_srlora.conversion import containers
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# The other process has this data and nothing else.
+DATA = """
+import numpy as np
+ids = np.random.default_rng(0).integers(0, 50, (16, 6))
+x = {"token_ids": ids, "segment_ids": 0 * ids, "padding_mask": 0 * ids + 1}
+y = ids.sum(axis=1) % 2
+"""
+TRAIN_ON = (
+    DATA
+    + """
+import sys
+import keras
+import keras_srlora
+for path in sys.argv[1:]:
+    model = keras.saving.load_model(path)
+    callback = keras_srlora.RecompositionCallback(interval=3)
+    model.fit(
+        x, y, batch_size=2, epochs=2, initial_epoch=1, verbose=0,
+        shuffle=False, callbacks=[callback],
+    )
+    assert len(callback.events) > 6, path
+    variables = [*model.variables, *model.optimizer.variables]
+    arrays = [keras.ops.convert_to_numpy(v) for v in variables]
+    np.savez(path + ".npz", *arrays, names=[v.name for v in variables])
+"""
+)
+LOAD_ONLY = """
+import sys
+import keras
+keras.saving.load_model(sys.argv[1])
+"""
+
+
+def elsewhere(code, *arguments, warnings="error"):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-W", f"{warnings}::UserWarning"]
+        + ["-W", f"ignore:{OF_OTHERS}", "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def head(features):
+    return keras.layers.Dense(2, name="head")(features)
+
+
+def backbone_then_outer():
+    """The outer model holds the composite layers themselves."""
+    bert = tiny_bert()
+    keras_srlora.enable_srlora(bert, rank=2, recipe="paper")
+    return keras.Model(bert.input, head(bert.output["pooled_output"]))
+
+
+def backbone_as_a_layer():
+    bert = tiny_bert()
+    keras_srlora.enable_srlora(bert, rank=2, recipe="paper")
+    return keras.Model(bert.input, head(bert(bert.input)["pooled_output"]))
+
+
+def outer_model():
+    bert = tiny_bert()
+    model = keras.Model(bert.input, head(bert.output["pooled_output"]))
+    keras_srlora.enable_srlora(model, rank=2, lora_alpha=4, recipe="paper")
+    return model
+
+
+def task():
+    """Whose `compile` is its own."""
+    import keras_hub
+
+    model = keras_hub.models.BertTextClassifier(
+        tiny_bert(), num_classes=2, preprocessor=None
+    )
+    keras_srlora.enable_srlora(model, rank=2, recipe="paper")
+    return model
+
+
+def composite_of_keras():
+    """Attention of Keras in a functional model; a norm thawed by hand."""
+    ids = keras.Input((6,), name="token_ids", dtype="int32")
+    others = {
+        name: keras.Input((6,), name=name, dtype="int32")
+        for name in ("segment_ids", "padding_mask")
+    }
+    x = keras.layers.Embedding(50, 16, name="embedding")(ids)
+    segments = keras.layers.Embedding(2, 16, name="segment_embedding")
+    x = keras.layers.Add()([x, segments(others["segment_ids"])])
+    x = keras.layers.MultiHeadAttention(2, 8, name="attention")(x, x)
+    x = keras.layers.LayerNormalization(name="norm")(x)
+    # Keras 3.13 refuses inputs that are not used.
+    pooling = keras.layers.GlobalAveragePooling1D()
+    x = pooling(x, mask=others["padding_mask"])
+    model = keras.Model({"token_ids": ids, **others}, head(x))
+    keras_srlora.enable_srlora(model, rank=2, recipe="paper")
+    model.get_layer("norm").trainable = True
+    return model
+
+
+def trained(make):
+    keras.utils.set_random_seed(1)
+    model = make()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-2), loss)
+    fit(model, epochs=1)
+    return model
+
+
+def fit(model, **kwargs):
+    names = {}
+    exec(DATA, names)
+    model.fit(
+        names["x"],
+        names["y"],
+        batch_size=2,
+        verbose=0,
+        shuffle=False,
+        callbacks=[keras_srlora.RecompositionCallback(interval=3)],
+        **kwargs,
+    )
+
+
+WAYS = [
+    backbone_then_outer,
+    backbone_as_a_layer,
+    outer_model,
+    task,
+    composite_of_keras,
+]
+
+
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory):
+    """`{make: (model, arrays)}`: trained on here, and from its file elsewhere.
+
+    One process for all files: most of its time is imports.
+    """
+    folder = tmp_path_factory.mktemp("files")
+    models, paths = {}, {}
+    for make in WAYS:
+        models[make] = trained(make)
+        paths[make] = folder / f"{make.__name__}.keras"
+        models[make].save(paths[make])
+        # At once: on torch all draw from one generator.
+        fit(models[make], epochs=2, initial_epoch=1)
+    child = elsewhere(TRAIN_ON, *paths.values())
+    assert child.returncode == 0, child.stderr[-3000:]
+    return {
+        make: (model, np.load(f"{paths[make]}.npz"))
+        for make, model in models.items()
+    }
+
+
+@pytest.mark.parametrize("make", WAYS)
+def test_trains_on_in_another_process(make, trained_on):
+    model, loaded = trained_on[make]
+    variables = [*model.variables, *model.optimizer.variables]
+    assert list(loaded["names"]) == [v.name for v in variables]
+    for i, variable in enumerate(variables):
+        np.testing.assert_array_equal(
+            loaded[f"arr_{i}"], to_numpy(variable), variable.path
+        )
+
+
+def test_a_process_without_the_package_says_what_is_missing(tmp_path):
+    trained(outer_model).save(tmp_path / "model.keras")
+    child = elsewhere(LOAD_ONLY, tmp_path / "model.keras")
+    assert child.returncode != 0
+    assert "keras_srlora" in child.stderr
+    assert "make sure they are all imported" in child.stderr
+
+
+def test_everything_is_as_frozen_as_it_was(tmp_path):
+    model = trained(composite_of_keras)
+    path = tmp_path / "model.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    names = [v.path for v in model.trainable_variables]
+    assert [v.path for v in loaded.trainable_variables] == names
+    assert "norm/gamma" in names and "attention/query/kernel" not in names
+    types = [type(layer).__name__ for layer in model._flatten_layers()]
+    assert [type(x).__name__ for x in loaded._flatten_layers()] == types
+
+
+def test_a_merged_model_needs_no_package_to_be_read(tmp_path):
+    model = trained(task)
+    keras_srlora.merge_srlora(model)
+    model.save(tmp_path / "model.keras")
+    code = (
+        f"import keras_hub{LOAD_ONLY}assert 'keras_srlora' not in sys.modules"
+    )
+    # Keras does not compile a task that it loads, and says so.
+    child = elsewhere(code, tmp_path / "model.keras", warnings="default")
+    assert child.returncode == 0, child.stderr[-2000:]
+
+
+def test_presets_are_read_as_before():
+    """KerasHub looks for its classes among those that Keras knows."""
+    import keras_hub
+
+    trained(task)
+    found = [
+        cls
+        for cls in keras.saving.get_custom_objects().values()
+        if isinstance(cls, type) and issubclass(cls, keras_hub.models.Backbone)
+    ]
+    converted = containers.Converted
+    name = "keras_srlora>Converted"
+    assert keras.saving.get_registered_object(name) is converted
+    assert found and not any(issubclass(cls, converted) for cls in found)
+
+
+def test_a_class_that_has_changed_is_noticed(tmp_path):
+    config = tiny_converted_config()
+    config["adapted"].append({"place": 10**6, "arguments": {"rank": 2}})
+    with pytest.raises(ValueError, match="the class is another one"):
+        containers.Converted.from_config(config)
+
+
+def tiny_converted_config():
+    bert = tiny_bert()
+    keras_srlora.enable_srlora(bert, rank=2)
+    return bert.get_config()

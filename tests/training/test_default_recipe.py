@@ -1,0 +1,141 @@
+"""The default recipe: long lives of pairs, and directions that come again."""
+
+import keras
+import numpy as np
+import pytest
+from support import regression_data
+
+import keras_srlora
+from keras_srlora import Recipe
+from keras_srlora import RecompositionCallback
+from keras_srlora.layers.record import Record
+from keras_srlora.recipes.definition import RECIPES
+from keras_srlora.training.recomposition import choose_directions
+
+
+def converted(recipe, rank=2, target_rank=4):
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((12,))
+    x = keras.layers.Dense(16, activation="tanh", name="hidden")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    keras_srlora.enable_srlora(
+        model,
+        rank,
+        target_rank=target_rank,
+        target_layer_names=["hidden"],
+        recipe=recipe,
+    )
+    model.compile("adam", "mse")
+    return model
+
+
+def fit(model, callback, epochs):
+    """8 steps an epoch."""
+    data = regression_data(np.random.default_rng(0))
+    model.fit(
+        *data, batch_size=8, epochs=epochs, verbose=0, callbacks=[callback]
+    )
+    return callback.events
+
+
+def quick(**changes):
+    """The default recipe, where a hundredth of its steps are as many."""
+    fields = RECIPES["adaptive"].to_dict()
+    return Recipe(
+        **{**fields, "steps_per_pair": 8, "shortest_run": 56, **changes}
+    )
+
+
+def test_a_pair_lives_a_part_of_the_run_and_restarts_until_the_stop():
+    # 400 steps: a life is 20, two pairs take turns, 0.85 of the run is 340.
+    events = fit(converted(quick()), RecompositionCallback(), 50)
+    steps = [event.step for event in events]
+    assert steps == list(range(10, 340, 10))
+    lives = {}
+    for event in events:
+        (slot,) = event.slots
+        lives.setdefault(slot, [0]).append(event.step)
+    for begins in lives.values():
+        # The first pair of all has half a life: both began at once.
+        assert set(np.diff(begins)[1:]) == {20}
+
+
+def test_a_life_has_a_least_length():
+    # 80 steps: a twentieth is 4, below the 8 of the recipe.
+    events = fit(converted(quick()), RecompositionCallback(), 10)
+    assert [event.step for event in events] == list(range(4, 68, 4))
+
+
+def test_a_short_run_is_left_alone_and_verbose_says_why(capsys):
+    callback = RecompositionCallback(verbose=1)
+    assert fit(converted(quick()), callback, 6) == []
+    assert "48 steps is plain LoRA" in capsys.readouterr().out
+    # An interval is obeyed.
+    events = fit(converted(quick()), RecompositionCallback(interval=20), 6)
+    assert [event.step for event in events] == [20, 40]
+
+
+def test_directions_come_again_in_turn_and_change_no_function():
+    events = fit(converted(quick()), RecompositionCallback(), 10)
+    directions = [event.directions for event in events]
+    assert directions[:8] == [(0,), (1,), (2,), (3,)] * 2
+    assert max(event.drift for event in events) <= 1e-6
+
+
+@pytest.mark.parametrize("order", ["largest_singular_value", "random"])
+def test_the_least_visited_come_first_and_none_that_stays_in_a_slot(order):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        count, rank = rng.integers(3, 9), 3
+        record = Record(
+            directions=type("D", (), {"singular_values": rng.random(count)}),
+            visits=rng.integers(0, 3, count),
+            slot_direction=rng.permutation(count)[:rank],
+        )
+        kept = np.arange(rank)[: rng.integers(0, rank)]
+        n = rank - len(kept)
+        recipe = quick(order=order)
+        chosen = choose_directions(record, recipe, n, kept)
+        assert len(set(chosen)) == len(chosen) <= n
+        active = record.slot_direction[kept]
+        visited = [i for i in chosen if record.visits[i]]
+        assert not set(visited) & set(active)
+        left = np.setdiff1d(np.arange(count), chosen)
+        left = [i for i in left if not record.visits[i] or i not in active]
+        if left and len(chosen):
+            assert record.visits[chosen].max() <= record.visits[left].min()
+        # Without coming again only those that were never used.
+        once = quick(order=order, reuse_directions=False)
+        fresh = choose_directions(record, once, n, kept)
+        assert set(fresh) <= set(np.flatnonzero(record.visits == 0))
+
+
+def test_a_record_is_taken_back_over_directions_that_came_again():
+    model = converted(quick())
+    fit(model, RecompositionCallback(), 10)
+    record = model.get_layer("hidden").record
+    assert record.visits.max() > 1
+    for count in range(len(record.events) + 1):
+        taken = record.taken_back(count)
+        directions = record.events[:count, 3].astype(int)
+        np.testing.assert_array_equal(
+            taken.visits, np.bincount(directions, minlength=4)
+        )
+
+
+def test_directions_that_come_again_must_not_be_subtracted():
+    with pytest.raises(ValueError, match="come again only where"):
+        Recipe(reuse_directions=True)
+
+
+@pytest.mark.parametrize("loss", ["plain", "minus five", "times 1000"])
+def test_the_loss_decides_nothing(loss):
+    losses = {
+        "plain": "mse",
+        "minus five": lambda y, p: keras.ops.mean((y - p) ** 2) - 5.0,
+        "times 1000": lambda y, p: 1000.0 * keras.ops.mean((y - p) ** 2),
+    }
+    model = converted(quick())
+    model.compile("adam", losses[loss])
+    events = fit(model, RecompositionCallback(), 10)
+    assert [event.step for event in events] == list(range(4, 68, 4))

@@ -1,0 +1,61 @@
+"""The package as a package: what it imports, what it exports, what it uses."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import pytest
+
+import keras_srlora
+
+ROOT = pathlib.Path(keras_srlora.__file__).parent
+
+
+def test_import_brings_no_other_backend_and_no_extra():
+    backend = keras.backend.backend()
+    others = {"tensorflow", "jax", "torch"} - {backend}
+    extras = {"keras_hub", "tensorflow_datasets", "matplotlib"}
+    program = (
+        "import sys, keras\n"
+        "before = set(sys.modules)\n"
+        "import keras_srlora\n"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})\n"
+    )
+    added = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()[-1]
+    assert "keras_srlora" in added.split()
+    assert not (others | extras) & set(added.split())
+
+
+def test_everything_public_is_documented():
+    for name in keras_srlora.__all__:
+        assert getattr(keras_srlora, name).__doc__, name
+    api = ROOT.parent / "docs" / "api.md"
+    if not api.exists():
+        pytest.skip("installed without the documentation")
+    text = api.read_text()
+    missing = [
+        n for n in keras_srlora.__all__ if f"keras_srlora.{n}" not in text
+    ]
+    assert not missing
+
+
+def test_private_keras_is_used_in_one_module_only():
+    own = {"keras_private.py"}
+    pattern = re.compile(
+        r"keras\.src|\._(tracker|kernel|flatten_layers|iterations|"
+        r"trainable_variables|inbound_nodes|keras_history|momentums)\b"
+    )
+    found = [
+        (path.name, match.group())
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.name not in own
+        for match in pattern.finditer(path.read_text())
+    ]
+    assert not found
