@@ -17,8 +17,8 @@ split are hidden): accuracy, F1 and accuracy, Matthews correlation, or Pearson
 and Spearman correlation. The outcome is a table in the paper's layout, with a
 column for the paper's figure.
 
-SRLoRA is the published recipe; `--recipe adaptive` is the package's default. The
-learning rate, the rank and the epochs are this script's choice.
+SRLoRA is the published recipe; `--recipe adaptive` is the package's default.
+The learning rate, the rank and the epochs are this script's choice.
 """
 
 import dataclasses

@@ -13,8 +13,8 @@ KerasHub and `tensorflow_datasets`. Any image classification of the latter does
 (`--dataset oxford_flowers102`), and any ViT or DINOv2 preset of KerasHub.
 
 The outcome is a table in the paper's layout, with a column for its figure.
-SRLoRA is the published recipe; `--recipe adaptive` is the package's default. The
-learning rate, the rank and the epochs are this script's choice.
+SRLoRA is the published recipe; `--recipe adaptive` is the package's default.
+The learning rate, the rank and the epochs are this script's choice.
 """
 
 import _compare
