@@ -25,6 +25,7 @@ from keras_srlora.layers.embedding import SRLoRAEmbedding
 from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.finite import check_finite_update
+from keras_srlora.layers.paths import layer_paths
 
 
 class Export(NamedTuple):
@@ -162,8 +163,10 @@ def export_peft(
     layers = srlora_layers(model)
     require_records(layers)
     check_finite_update(layers)
+    paths = layer_paths(model)
     names = [
-        prefix + _module_name(layer.path, modules or {}) for layer in layers
+        prefix + _module_name(paths[id(layer)], modules or {})
+        for layer in layers
     ]
     if len(set(names)) < len(names):
         raise ValueError(

@@ -13,6 +13,8 @@ from keras_srlora.functional.fingerprint import fingerprint
 from keras_srlora.functional.fingerprint import is_fingerprint
 from keras_srlora.layers import pairs
 from keras_srlora.layers.kinds import PLAIN
+from keras_srlora.layers.paths import layer_paths
+from keras_srlora.layers.paths import variable_paths
 from keras_srlora.layers.record import EVENT
 from keras_srlora.layers.record import FORMAT
 from keras_srlora.layers.record import FORMAT_NAME
@@ -184,18 +186,18 @@ def read_checked(model, filepath, any_rank=False):
     """
     with tensors_file.opened(filepath, KIND) as (opened, metadata):
         tensors = dict(opened)
-    by_path = {}
+    by_path, paths = {}, layer_paths(model)
     for layer in keras_private.flatten_layers(model):
-        by_path.setdefault(layer.path, []).append(layer)
+        by_path.setdefault(paths[id(layer)], []).append(layer)
     plans = []
     for saved in _descriptions(metadata, filepath):
         layer = _find(saved["path"], by_path, "layer", filepath)
         arrays = _take(tensors, f"{saved['path']}/")
         _check_fits(layer, saved, arrays, filepath, any_rank)
         plans.append((layer, saved, arrays))
-    variables = {}
+    variables, paths = {}, variable_paths(model)
     for variable in model.variables:
-        variables.setdefault(variable.path, []).append(variable)
+        variables.setdefault(paths[id(variable)], []).append(variable)
     others = []
     for path, array in _take(tensors, f"{TRAINABLE}/").items():
         variable = _find(path, variables, "variable", filepath)

@@ -31,6 +31,8 @@ from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.matching import check_record
+from keras_srlora.layers.paths import layer_paths
+from keras_srlora.layers.paths import variable_paths
 from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.version import __version__
@@ -82,20 +84,25 @@ def save_adapter(
             "`keras_srlora.initialize_factors(model)`."
         )
     check_finite_factors(learnt)
-    check_paths([layer.path for layer in learnt], "SRLoRA layers")
+    paths = layer_paths(model)
+    check_paths([paths[id(layer)] for layer in learnt], "SRLoRA layers")
     always = saved_variables(model)
     known = {id(v) for v in always}
     others = [v for v in trainable_beside(model, layers) if id(v) not in known]
     saved = [*always, *others] if include_trainable else always
     check_finite_variables(saved)
-    check_paths([v.path for v in saved], "trainable variables")
+    of_variables = variable_paths(model)
+    check_paths([of_variables[id(v)] for v in saved], "trainable variables")
     tensors, described = {}, []
     for layer in learnt:
         for name, array in file_format.layer_arrays(layer).items():
-            tensors[f"{layer.path}/{name}"] = array
-        described.append(file_format.describe(layer))
+            tensors[f"{paths[id(layer)]}/{name}"] = array
+        described.append(
+            {**file_format.describe(layer), "path": paths[id(layer)]}
+        )
     for variable in saved:
-        tensors[f"{TRAINABLE}/{variable.path}"] = to_numpy(variable)
+        path = of_variables[id(variable)]
+        tensors[f"{TRAINABLE}/{path}"] = to_numpy(variable)
     metadata = {"keras_srlora": __version__, "layers": described}
     tensors_file.write(filepath, tensors, metadata, KIND)
     if others and not include_trainable:

@@ -1,15 +1,50 @@
 """Functions that were compiled before a layer changed, and read it still.
 
-TensorFlow keeps what it traced; a change that only Python sees (a class, an
-attribute, another variable) does not reach it. The one module that touches
-TensorFlow's private API: there is no public way to let a `tf.function` trace
-anew. Where TensorFlow has no such attribute, only the functions that models
-keep are dropped (`keras_private.drop_compiled_functions`).
+TensorFlow and JAX keep what they traced; a change that only Python sees (a
+class, an attribute, another variable) does not reach it. Private API of Keras,
+beside `keras_private`, and the one module that touches TensorFlow's: there is
+no public way to let a `tf.function` trace anew. Where TensorFlow has no such
+attribute, only the functions that models keep are dropped.
 """
 
 import gc
 
 import keras
+
+from keras_srlora.backend.keras_private import inside
+from keras_srlora.backend.keras_private import keep_training
+
+
+def living_models(layers):
+    """All models of this process that hold one of some layers.
+
+    Keras does not know which models a layer is a part of: the layer of a
+    functional, a sequential and a subclassed model is the same object in each
+    of them. The garbage collector knows all objects.
+    """
+    wanted = set(map(id, layers))
+    return [
+        model
+        for model in gc.get_objects()
+        if issubclass(type(model), keras.Model)
+        # One whose `__init__` raised has no layers yet.
+        and hasattr(model, "_layers")
+        and inside(model) & wanted
+    ]
+
+
+def drop_compiled_functions(model):
+    """Makes the model trace its functions anew the next time.
+
+    `Model.compile` sets the same three attributes to `None`. Their names are
+    public (`Model.train_function`), setting them is not documented. A subclass
+    that compiles more, as KerasHub's `generate`, makes it alike: what
+    `make_generate_function` returns is kept as `generate_function`.
+    """
+    for name in list(vars(model)):
+        if name.endswith("_function") and hasattr(model, f"make_{name}"):
+            setattr(model, name, None)
+    keep_training(model, None)
 
 
 def functions_that_read(variables) -> list:

@@ -5,7 +5,6 @@ Each function says what it needs and why no public way does it.
 """
 
 import contextlib
-import gc
 import re
 
 import keras
@@ -36,6 +35,18 @@ def unique_name(class_name):
     prefix = "srlora" + re.sub("([A-Z])", r"_\1", class_name[6:]).lower()
     count = keras.backend.get_uid(prefix)
     return prefix if count == 1 else f"{prefix}_{count - 1}"
+
+
+def automatic_name(layer):
+    """The name that Keras gives a layer without one, or `None`.
+
+    `"bert_backbone"` where the layer's is that or `"bert_backbone_2"`, say.
+    Keras's own function, `keras.src.utils.naming.to_snake_case`, is private.
+    """
+    name = re.sub(r"\W+", "", type(layer).__name__)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+    return name if re.fullmatch(rf"{name}(_\d+)?", layer.name) else None
 
 
 def config_lists_layers(layer):
@@ -317,38 +328,6 @@ def is_stock_optimizer(optimizer):
     There is no public marker; the module of the class is one.
     """
     return type(optimizer).__module__.startswith("keras.")
-
-
-def living_models(layers):
-    """All models of this process that hold one of some layers.
-
-    Keras does not know which models a layer is a part of: the layer of a
-    functional, a sequential and a subclassed model is the same object in each
-    of them. The garbage collector knows all objects.
-    """
-    wanted = set(map(id, layers))
-    return [
-        model
-        for model in gc.get_objects()
-        if issubclass(type(model), keras.Model)
-        # One whose `__init__` raised has no layers yet.
-        and hasattr(model, "_layers")
-        and inside(model) & wanted
-    ]
-
-
-def drop_compiled_functions(model):
-    """Makes the model trace its functions anew the next time.
-
-    `Model.compile` sets the same three attributes to `None`. Their names are
-    public (`Model.train_function`), setting them is not documented. A subclass
-    that compiles more, as KerasHub's `generate`, makes it alike: what
-    `make_generate_function` returns is kept as `generate_function`.
-    """
-    for name in list(vars(model)):
-        if name.endswith("_function") and hasattr(model, f"make_{name}"):
-            setattr(model, name, None)
-    keep_training(model, None)
 
 
 def exchange_train_function(model, function):

@@ -26,7 +26,7 @@ class Holders:
     """
 
     def __init__(self, model, layers):
-        found = keras_private.living_models(layers)
+        found = compiled.living_models(layers)
         others = [x for x in found if x is not model]
         self.models = [model, *others]
         self._functions = compiled.functions_that_read(
@@ -54,7 +54,7 @@ class Holders:
         failed = []
         for model in self.models:
             keras_private.refresh_torch_parameters(model)
-            keras_private.drop_compiled_functions(model)
+            compiled.drop_compiled_functions(model)
             failed += _renew_optimizer(model)
         if failed:
             warnings.warn(

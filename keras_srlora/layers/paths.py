@@ -12,21 +12,21 @@ def layer_paths(model: keras.Model) -> dict:
 
     That is `layer.path`. Two KerasHub backbones in one model have layers of the
     same paths: these begin with the names of the models that they are inside
-    of, as in `"bert_backbone_1/transformer_layer_0/..."`.
+    of, as in `"bert_backbone_1/transformer_layer_0/..."`. Automatic names are
+    counted within the model, so that the same code makes the same paths.
     """
     layers = keras_private.flatten_layers(model)
     paths = {id(layer): layer.path or layer.name for layer in layers}
-    for key in _repeated(paths):
-        names = [
-            inner.name
-            for inner in layers
-            if isinstance(inner, keras.Model)
-            and inner is not model
-            and id(inner) != key
-            and key in keras_private.inside(inner)
-        ]
+    repeated = _repeated(paths)
+    if repeated:
         # An outer model comes before those inside of it.
-        paths[key] = "/".join([*names, paths[key]])
+        holding = [
+            (name, keras_private.inside(inner) - {id(inner)})
+            for inner, name in _inner_models(model, layers)
+        ]
+        for key in repeated:
+            names = [name for name, held in holding if key in held]
+            paths[key] = "/".join([*names, paths[key]])
     return paths
 
 
@@ -47,6 +47,21 @@ def variable_paths(model: keras.Model) -> dict:
                     path = f"{of_layers[id(layer)]}/{variable.name}"
                     paths[id(variable)] = path
     return paths
+
+
+def _inner_models(model, layers):
+    """`[(model, name)]` of the models inside of a model."""
+    found, counts = [], collections.Counter()
+    for inner in layers:
+        if isinstance(inner, keras.Model) and inner is not model:
+            name = inner.name
+            automatic = keras_private.automatic_name(inner)
+            if automatic is not None:
+                count = counts[automatic]
+                counts[automatic] += 1
+                name = f"{automatic}_{count}" if count else automatic
+            found.append((inner, name))
+    return found
 
 
 def _repeated(paths):

@@ -11,6 +11,7 @@ from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import is_integer
 from keras_srlora.backend.random_state import RandomState
 from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.paths import layer_paths
 from keras_srlora.recipes.definition import Recipe
 from keras_srlora.training import preparation
 from keras_srlora.training.optimizer import is_between_accumulations
@@ -107,6 +108,8 @@ class Recomposer:
         self.optimizer, self.sensitivity = score_steps(
             optimizer, self.layers, self.recipe.beta1, self.recipe.beta2
         )
+        if self._model is not None:
+            self.sensitivity.paths = layer_paths(self._model)
         preparation.start_layers(self.layers, self.recipe)
         self.events: list[Recomposition] = []
         self.pace = Pace(self.recipe, interval, self._work_left, verbose)

@@ -58,6 +58,8 @@ class Sensitivity:
         beta1 = check_fraction("beta1", beta1, low_open=False, high_open=True)
         beta2 = check_fraction("beta2", beta2, low_open=False, high_open=True)
         self.layers = list(layers)
+        # What events call them; a model may know better.
+        self.paths = {id(layer): layer.path for layer in self.layers}
         if not self.layers:
             raise ValueError(
                 "There is nothing to score. Pass at least one SRLoRA layer. "
