@@ -95,11 +95,11 @@ def record_of(arrays):
     kept, count = arrays["kept"], len(arrays["singular_values"])
     arrays = {k: v for k, v in arrays.items() if k not in (*FACTORS, "kept")}
     for name in ("left", "right"):
-        rows = np.zeros((count, arrays[name].shape[1]), "float32")
+        rows = np.zeros((count, arrays[name].shape[1]), arrays[name].dtype)
         rows[kept] = arrays[name]
         arrays[name] = rows
     # What was not kept is a direction of length zero.
-    values = np.zeros(count, "float32")
+    values = np.zeros(count, arrays["singular_values"].dtype)
     values[kept] = arrays["singular_values"][kept]
     arrays["singular_values"] = values
     return Record.from_arrays({**arrays, FORMAT_NAME: FORMAT})

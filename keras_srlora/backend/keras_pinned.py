@@ -9,12 +9,19 @@ What is pinned here is in the second list and keeps its place in the order.
 
 
 class _InOrder(list):
-    """The second list of a layer, with pinned variables among the others."""
+    """The second list of a layer, with pinned variables among the others.
 
-    def __init__(self, variables, order, pinned):
+    Attributes:
+        order: list of all variables, as before.
+        pinned: list of those that are pinned.
+        before: set of ids: what was trainable before, layer and variables.
+    """
+
+    def __init__(self, variables, order, pinned, before):
         super().__init__(variables)
         self.order = order
         self.pinned = pinned
+        self.before = before
 
     def __radd__(self, trainable):
         """`trainable + self`, which is how Keras lists all variables."""
@@ -46,11 +53,9 @@ def has_pins(layer):
 
 
 def pin(layer, variables):
-    """Freezes some of a layer's own variables, for good.
-
-    Those that are pinned already stay so.
-    """
-    wanted = _ids([*variables, *pinned_variables(layer)])
+    """Freezes some of a layer's own variables, for good, and no others."""
+    before, wanted = trainable_before(layer), _ids(variables)
+    unpin(layer)
     own = own_variables(layer)
     order = layer._trainable_variables + layer._non_trainable_variables
     others = [v for v in layer._non_trainable_variables if id(v) not in wanted]
@@ -58,10 +63,20 @@ def pin(layer, variables):
     _replace(
         layer,
         [v for v in own if id(v) not in wanted],
-        _InOrder([*pinned, *others], order, pinned),
+        _InOrder([*pinned, *others], order, pinned, before),
     )
     for variable in pinned:
         variable.trainable = False
+
+
+def trainable_before(layer):
+    """Ids of a layer and its own variables, where they are trainable.
+
+    Of a layer with pins: where they were, when the first one was pinned.
+    """
+    if has_pins(layer):
+        return layer._non_trainable_variables.before
+    return {id(x) for x in [layer, *own_variables(layer)] if x.trainable}
 
 
 def unpin(layer):
@@ -79,6 +94,18 @@ def set_own_trainable(layer, trainable):
     Private: `Layer._trainable`.
     """
     layer._trainable = trainable
+
+
+def set_trainable(layer, trainable):
+    """Sets the flags of a layer and of all that is inside of it.
+
+    `layer.trainable = ...` does nothing on TensorFlow where the outermost one
+    has that value already.
+    """
+    for part in layer._flatten_layers(include_self=True, recursive=True):
+        part._trainable = trainable
+        for variable in part._trainable_variables:
+            variable.trainable = trainable
 
 
 def layers_directly_inside(layer):

@@ -1,9 +1,10 @@
 """Which projections of a model are pretrained ones, and what its head is.
 
 Projections are `Dense` and `EinsumDense` layers. Blocks are layers that make
-projections inside of them: attention, or a transformer layer. Where a model has
-blocks, they are its pretrained part and what comes behind them is the head;
-where it has none, its last layer with a kernel is the head.
+projections inside of them: attention, or a transformer layer; a layer that is
+called a head, as KerasHub's `MaskedLMHead`, is none. Where a model has blocks,
+they are its pretrained part and what comes behind them is the head; where it
+has none, its last layer with a kernel is the head.
 """
 
 import keras
@@ -69,13 +70,17 @@ def find_head(model, pretrained):
 
 
 def calls_holding(graph, targets):
-    """The calls of layers that hold one of some layers (ids)."""
-    return {
-        i
-        for i, operation in enumerate(graph.operations)
-        if isinstance(operation, keras.layers.Layer)
-        and inside(operation) & targets
-    }
+    """The calls of layers that hold one of some layers (ids).
+
+    A head may read a layer of the pretrained part, a tied embedding.
+    """
+    found, by_heads = {}, {}
+    for i, operation in enumerate(graph.operations):
+        held = _inside_operation(operation) & targets
+        if held:
+            (by_heads if _is_head(operation) else found)[i] = held
+    elsewhere = {x for held in found.values() for x in held}
+    return set(found) | {i for i, x in by_heads.items() if x - elsewhere}
 
 
 def _is_projection(layer):
@@ -100,10 +105,10 @@ def _models_at_the_surface(model):
 
 
 def _at_the_surface(models):
-    """Ids of the layers of some models, and of what these wrap."""
+    """Ids of the layers of some models, and of what wrappers and heads hold."""
     found = [layer for part in models for layer in part.layers]
     for layer in found:
-        if isinstance(layer, keras.layers.Wrapper):
+        if isinstance(layer, keras.layers.Wrapper) or _is_head(layer):
             found += layers_directly_inside(layer)
     return set(map(id, found))
 
@@ -181,7 +186,11 @@ def _last_kernels(model):
 
 def _head_by_order(model, pretrained):
     """Of a subclassed model, which does not say what follows on what."""
-    holding = [i for i, x in enumerate(model.layers) if inside(x) & pretrained]
+    holding = [
+        i
+        for i, layer in enumerate(model.layers)
+        if inside(layer) & pretrained and not _is_head(layer)
+    ]
     last = max(holding, default=len(model.layers))
     head = [x for x in model.layers[last + 1 :] if _has_weights(x)]
     unclear = [
@@ -194,6 +203,12 @@ def _head_by_order(model, pretrained):
 
 def _is_attention(layer):
     return "Attention" in type(layer).__name__
+
+
+def _is_head(layer):
+    # As KerasHub and its users call them; it is nowhere else to be read.
+    name = type(layer).__name__
+    return name.endswith("Head") and "Attention" not in name
 
 
 def _inside_operation(operation):

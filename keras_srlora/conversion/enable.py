@@ -10,6 +10,7 @@ from keras_srlora.backend.progress import check_verbose
 from keras_srlora.conversion.containers import convert_layers
 from keras_srlora.conversion.freezing import freeze_base
 from keras_srlora.conversion.holders import Holders
+from keras_srlora.conversion.targets import bias_of
 from keras_srlora.conversion.targets import check_model
 from keras_srlora.conversion.targets import find_biases
 from keras_srlora.conversion.targets import find_by_pattern
@@ -226,7 +227,7 @@ def convert_plain(model, layers, arguments, trained=(), modules=()):
     freeze_base(model, layers, trained, modules)
     trained = {id(variable) for variable in trained}
     arguments = [
-        {**of_layer, "train_bias": id(getattr(layer, "bias", None)) in trained}
+        {**of_layer, "train_bias": id(bias_of(layer)) in trained}
         for layer, of_layer in zip(layers, arguments)
     ]
     convert_layers(holders.containers(), layers, arguments)

@@ -49,11 +49,11 @@ def freeze_base(model, targets, trained=(), modules=()):
             if not inside(layer) & (kept | whole) and not any(
                 v.trainable for v in layer.variables
             ):
-                layer.trainable = False
+                keras_pinned.set_trainable(layer, False)
     for layer in modules:
         for part in keras_private.flatten_layers(layer):
             keras_pinned.unpin(part)
-        layer.trainable = True
+        keras_pinned.set_trainable(layer, True)
     learning = kept | whole | _holding(everything, trained)
     for layer in everything:
         if not layer.trainable and inside(layer) & learning:
@@ -64,23 +64,39 @@ def freeze_base(model, targets, trained=(), modules=()):
 
 
 def release(models):
-    """Lets `layer.trainable = True` thaw again what `freeze_base` froze.
+    """Thaws what `freeze_base` froze, but for what was frozen before or since.
 
     Args:
         models: list of models; those in which SRLoRA layers are left stay as
             they are, with all that is inside of them.
     """
-    layers = {model: keras_private.flatten_layers(model) for model in models}
+    inner = {id(x): keras_private.flatten_layers(x) for x in models}
     busy = {
         id(layer)
-        for found in layers.values()
-        if any(isinstance(x, SRLoRALayer) for x in found)
-        for layer in found
+        for layers in inner.values()
+        if any(isinstance(x, SRLoRALayer) for x in layers)
+        for layer in layers
     }
-    for found in layers.values():
-        for layer in found:
+    for model in models:
+        if model.trainable:
+            _thaw(model, busy)
+    for layers in inner.values():
+        for layer in layers:
             if id(layer) not in busy:
                 keras_pinned.unpin(layer)
+
+
+def _thaw(layer, busy):
+    """Thaws what was trainable before, inside of what is trainable now."""
+    if id(layer) not in busy and keras_pinned.has_pins(layer):
+        before = keras_pinned.trainable_before(layer)
+        if id(layer) in before:
+            keras_pinned.set_own_trainable(layer, True)
+        for variable in keras_pinned.pinned_variables(layer):
+            variable.trainable = id(variable) in before
+    for part in keras_pinned.layers_directly_inside(layer):
+        if part.trainable or keras_pinned.has_pins(part):
+            _thaw(part, busy)
 
 
 def saved_variables(model: keras.Model) -> list:
@@ -170,7 +186,6 @@ def _freeze(layer, trained):
     """
     if keras_pinned.has_pins(layer):
         frozen = keras_pinned.pinned_variables(layer)
-        keras_pinned.unpin(layer)
     else:
         frozen = keras_pinned.own_variables(layer)
     keras_pinned.pin(layer, [v for v in frozen if id(v) not in trained])
@@ -182,7 +197,7 @@ def _open(layer, learning):
         variable.trainable = False
     for part in keras_pinned.layers_directly_inside(layer):
         if not inside(part) & learning:
-            part.trainable = False
+            keras_pinned.set_trainable(part, False)
     keras_pinned.set_own_trainable(layer, True)
 
 

@@ -208,9 +208,14 @@ def find_biases(model, layers, bias):
     if bias == "none":
         return []
     if bias == "srlora_only":
-        biases = [getattr(layer, "bias", None) for layer in layers]
+        biases = map(bias_of, layers)
         return [bias for bias in biases if bias is not None]
     return [v for v in model.variables if is_bias(v)]
+
+
+def bias_of(layer):
+    """The bias of a layer; `None` of an embedding, which has no such name."""
+    return getattr(layer, "bias", None)
 
 
 def is_bias(variable):

@@ -194,7 +194,7 @@ class SRLoRALayer:
             size = (plan.in_features, plan.out_features)
             if tuple(kernel.shape) != size:
                 kernel = ops.reshape(kernel, size)
-            return arrange(ops.add(ops.matmul(rows, kernel), low_rank))
+            return arrange(ops.add(contraction.matmul(rows, kernel), low_rank))
         # Permuting the kernel in each step would copy it.
         y = ops.einsum(plan.equation, inputs, kernel)
         return ops.add(y, arrange(low_rank))
@@ -202,10 +202,10 @@ class SRLoRALayer:
     def _low_rank(self, rows):
         """What is added to the product with the stored kernel."""
         a, b = self.factors
-        hidden = ops.matmul(rows, ops.transpose(a))
+        hidden = contraction.matmul(rows, ops.transpose(a))
         if self.scale != 1.0:
             hidden = ops.multiply(hidden, self.scale)
-        return self.frozen.add_fused(rows, ops.matmul(hidden, b))
+        return self.frozen.add_fused(rows, contraction.matmul(hidden, b))
 
     # What a user reads.
 

@@ -15,6 +15,7 @@ from keras_srlora.backend import devices
 from keras_srlora.backend import keras_private
 from keras_srlora.functional.contraction import as_kernel
 from keras_srlora.functional.contraction import as_matrix
+from keras_srlora.functional.contraction import matmul
 from keras_srlora.functional.fusion import effective_kernel
 from keras_srlora.functional.fusion import in_full
 
@@ -153,8 +154,8 @@ class QuantizedKernel:
 
     def add_fused(self, rows, low_rank):
         a, b = self.fused
-        hidden = ops.matmul(rows, ops.transpose(a))
-        return ops.add(low_rank, ops.matmul(hidden, b))
+        hidden = matmul(rows, ops.transpose(a))
+        return ops.add(low_rank, matmul(hidden, b))
 
     def merge(self, layer, matrix):
         kernel = as_kernel(matrix, self._plan)

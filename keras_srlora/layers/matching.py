@@ -28,7 +28,9 @@ def find_record(layer):
     record = layer.record
     kernel = ops.cast(layer.frozen.matrix(), "float32")
     left = ops.convert_to_tensor(
-        devices.along_kernel(kernel, record.directions.left, 0)
+        devices.along_kernel(
+            kernel, record.directions.left.astype("float32"), 0
+        )
     )
     image = devices.to_numpy(ops.matmul(left, kernel))
     size = max(np.max(np.abs(image)), np.max(record.directions.singular_values))

@@ -15,7 +15,9 @@ from keras_srlora.backend import devices
 from keras_srlora.backend import keras_private
 from keras_srlora.functional import decomposition
 from keras_srlora.functional.contraction import as_kernel
+from keras_srlora.functional.contraction import matmul
 from keras_srlora.functional.fusion import effective_kernel
+from keras_srlora.functional.fusion import full_dtype
 from keras_srlora.functional.fusion import in_full
 from keras_srlora.functional.fusion import recompose_pairs
 from keras_srlora.functional.fusion import relative_change
@@ -32,9 +34,12 @@ def factor_values(layer) -> tuple[Any, Any]:
 
 
 def factors_to_numpy(layer):
-    """Both factors as float32 arrays, `(rank, in)` and `(rank, out)`."""
+    """Both factors as arrays, `(rank, in)` and `(rank, out)`.
+
+    In float32, or in float64 where they are.
+    """
     return tuple(
-        np.array(devices.to_numpy(ops.cast(value, "float32")))
+        np.array(devices.to_numpy(ops.cast(value, full_dtype(value))))
         for value in factor_values(layer)
     )
 
@@ -66,7 +71,7 @@ def kernel_in_step(layer):
         # Not built, or about to be converted.
         return keras_private.unpacked_kernel(layer)
     a, b = layer.factors
-    product = ops.matmul(ops.transpose(ops.multiply(a, layer.scale)), b)
+    product = matmul(ops.transpose(ops.multiply(a, layer.scale)), b)
     matrix = ops.add(layer.frozen.matrix(), product)
     kernel = as_kernel(matrix, layer.plan())
     return ops.cast(kernel, layer.compute_dtype)
@@ -97,7 +102,7 @@ def update_factors(layer):
     """The whole update since the pretrained kernel, as two factors.
 
     Returns:
-        float32 arrays `a` of shape `(k, in)` and `b` of shape `(k, out)`: the
+        arrays `a` of shape `(k, in)` and `b` of shape `(k, out)`: the
         update is `aᵀ @ b`. The fused pairs, the directions that were
         subtracted, and the pairs being trained; at most `2 · target_rank`.
     """
@@ -145,8 +150,13 @@ def _decompose(layer, file):
         matrix = layer.frozen.in_full()
     arguments = matrix, layer.direction_count, layer.decomposition
     if file is None:
-        return decomposition.decompose(*arguments)
-    return file.decompose(layer, *arguments)
+        found = decomposition.decompose(*arguments)
+    else:
+        found = file.decompose(layer, *arguments)
+    # What a kernel in float64 loses and gets back is computed in it.
+    return decomposition.Directions(
+        *(x.astype(full_dtype(matrix)) for x in found)
+    )
 
 
 def is_untrained(layer):
@@ -219,8 +229,8 @@ def _restart(layer, slots, indices, scale, fuse=False):
     )
     factor_a, factor_b = layer.factors
     restarted = row_mask(layer.rank, slots)
-    fresh_a = np.zeros(factor_a.shape, "float32")
-    fresh_b = np.zeros(factor_b.shape, "float32")
+    fresh_a = np.zeros(factor_a.shape, found.left.dtype)
+    fresh_b = np.zeros(factor_b.shape, found.left.dtype)
     fresh_a[slots] = scale_a[:, None] * found.left[indices]
     fresh_b[slots] = scale_b[:, None] * found.right[indices]
     stored = frozen.matrix()

@@ -65,8 +65,8 @@ class Recipe:
         shortest_run: int. Steps of the shortest run that is recomposed at all;
             a shorter one is plain LoRA (or PiSSA, as it starts).
         reuse_directions: bool. Whether directions come again once pairs started
-            along all of them, so that they never run out. For a `scale` that
-            subtracts nothing (`"as_lora"`).
+            along all of them, so that they never run out. For pairs that
+            subtract nothing (`start="lora"`, `scale="as_lora"`).
         stop: float in (0, 1]. Part of the run after which nothing is
             recomposed, so that the last pairs have their time.
         beta1: float in [0, 1). Decay of the average sensitivity `Ī`.
@@ -127,11 +127,12 @@ class Recipe:
         for field in ("steps_per_pair", "shortest_run"):
             steps = check_count(field, getattr(self, field), "steps")
             object.__setattr__(self, field, steps)
-        if self.reuse_directions and self.scale != "as_lora":
+        if self.reuse_directions and self.subtracts:
             raise ValueError(
-                "Directions can come again only where a restart subtracts "
-                'nothing from the kernel: `scale="as_lora"`. '
-                f"Received: reuse_directions=True, scale={self.scale!r}"
+                "Directions can come again only where nothing is subtracted "
+                'from the kernel: `start="lora"` and `scale="as_lora"`. '
+                f"Received: reuse_directions=True, start={self.start!r}, "
+                f"scale={self.scale!r}"
             )
 
     @property

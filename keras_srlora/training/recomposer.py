@@ -55,7 +55,7 @@ class Recomposer:
         recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
             layers.
         total_steps: int. Training steps of the run. Needed unless `interval`
-            is given; `0` where it is not known yet, see `set_total_steps`.
+            is given.
         interval: int or `None`. Steps between two recompositions; with a number
             the recipe's gate is left out.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.

@@ -179,7 +179,7 @@ def test_a_kernel_that_is_read_keeps_its_shape_and_dtype():
 
 def test_an_adapter_of_a_tied_kernel_is_exported_and_loaded(rng, tmp_path):
     model, x = made("tied"), batch(rng)
-    nudge(enable_srlora(model, 2, 6, target_layer_names=["first"]))
+    nudge(enable_srlora(model, 2, target_rank=6, target_layer_names=["first"]))
     with collected_warnings():
         keras_srlora.save_adapter(model, tmp_path / "a.safetensors")
     fresh = made("tied")
@@ -339,7 +339,9 @@ def in_float64(recipe="paper"):
         name="model",
     )
     plain = [to_numpy(model.get_layer(name).kernel) for name in NAMES]
-    enable_srlora(model, 2, 6, recipe=recipe, target_layer_names=NAMES)
+    enable_srlora(
+        model, 2, target_rank=6, recipe=recipe, target_layer_names=NAMES
+    )
     return model, [model.get_layer(name) for name in NAMES], plain
 
 
