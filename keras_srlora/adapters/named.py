@@ -111,9 +111,9 @@ def set_adapter(model: keras.Model, name: str) -> str:
     """
     adapters = find_adapters(model)
     _check_known(adapters, name)
+    require_records(adapters.layers)
     if name == adapters.current:
         return name
-    require_records(adapters.layers)
     adapter = adapters.waiting[name]
     adapters.check_kernels(adapter)
     kept = adapters.keep(model)
