@@ -108,8 +108,8 @@ def record_of(arrays):
 def describe(layer):
     """What the metadata say of a layer."""
     added = {
-        "use_rslora": getattr(layer, "use_rslora", False),
-        "modules_to_save": list(getattr(layer, "modules_to_save", ())),
+        "use_rslora": layer.use_rslora,
+        "modules_to_save": list(layer.modules_to_save),
     }
     return {
         "path": layer.path,
@@ -161,15 +161,24 @@ def open_adapter(filepath):
     found = []
     for saved in _descriptions(metadata, filepath):
         arrays = _take(tensors, f"{saved['path']}/")
-        rank = saved["rank"]
-        divisor = rank**0.5 if saved["use_rslora"] else rank
-        scale = (saved["lora_alpha"] or rank) / divisor
-        found.append((saved, arrays, record_of(arrays), scale))
+        found.append((saved, arrays, record_of(arrays), scale_of(saved)))
     return found
 
 
-def read_checked(model, filepath):
+def scale_of(saved):
+    """The scale of the factors' product in a layer of a file."""
+    rank = saved["rank"]
+    divisor = rank**0.5 if saved["use_rslora"] else rank
+    return (saved["lora_alpha"] or rank) / divisor
+
+
+def read_checked(model, filepath, any_rank=False):
     """Reads an adapter file, and checks all of it against a model.
+
+    Args:
+        model: a built `keras.Model`.
+        filepath: path of a file.
+        any_rank: bool. Whether an SRLoRA layer may have another rank.
 
     Returns:
         `(plans, others)`: a list of `(layer, description, arrays)`, and one of
@@ -184,7 +193,7 @@ def read_checked(model, filepath):
     for saved in _descriptions(metadata, filepath):
         layer = _find(saved["path"], by_path, "layer", filepath)
         arrays = _take(tensors, f"{saved['path']}/")
-        _check_fits(layer, saved, arrays, filepath)
+        _check_fits(layer, saved, arrays, filepath, any_rank)
         plans.append((layer, saved, arrays))
     variables, paths = {}, variable_paths(model)
     for variable in model.variables:
@@ -278,7 +287,7 @@ def is_plain(layer):
     return type(layer) in PLAIN.values()
 
 
-def _check_fits(layer, saved, arrays, filepath):
+def _check_fits(layer, saved, arrays, filepath, any_rank):
     path, file = saved["path"], str(filepath)
     plain = type(layer) if is_plain(layer) else PLAIN.get(type(layer))
     if plain is None or plain.__name__ != saved["class"]:
@@ -293,6 +302,8 @@ def _check_fits(layer, saved, arrays, filepath):
         "kernel_shape": list(keras_private.kernel_shape(layer)),
         "rank": getattr(layer, "rank", saved["rank"]),
     }
+    if any_rank:
+        del here["rank"]
     for name, value in here.items():
         if value != saved[name]:
             raise ValueError(

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_srlora.adapters.combine import Part
+from keras_srlora.adapters.combine import part_of
 from keras_srlora.adapters.format import has_fingerprint
-from keras_srlora.adapters.others import saved_always
 from keras_srlora.adapters.others import trainable_beside
 from keras_srlora.adapters.save_load import clear
 from keras_srlora.backend import devices
+from keras_srlora.conversion.freezing import saved_variables
 from keras_srlora.functional.fingerprint import fingerprint
 from keras_srlora.layers import pairs
 from keras_srlora.layers.base import SRLoRALayer
@@ -53,19 +55,9 @@ class LayerState(NamedTuple):
     companions: dict
     pretrained: list
 
-    def update(self):
-        """The whole update of the kernel, as two factors."""
-        fused_a, fused_b = self.layer_rows()
-        return (
-            np.concatenate([fused_a, self.scale * self.a]),
-            np.concatenate([fused_b, self.b]),
-        )
-
-    def layer_rows(self):
-        """What is in the frozen kernel, as two factors."""
-        if self.record.initialized:
-            return self.record.frozen_rows(self.scale)
-        return self.a[:0], self.b[:0]
+    def part(self) -> Part:
+        """What a weighted sum needs to know of it."""
+        return part_of(self.a, self.b, self.scale, self.record)
 
 
 @dataclasses.dataclass
@@ -99,7 +91,7 @@ class Adapters:
     def keep(self, model) -> Adapter:
         """The current adapter, as it is now, on the host."""
         beside = [
-            *saved_always(model, self.layers),
+            *saved_variables(model),
             *trainable_beside(model, self.layers),
             # Of a head that is frozen meanwhile, for example.
             *(v for kept in self.waiting.values() for v, _ in kept.variables),

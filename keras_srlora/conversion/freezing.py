@@ -119,6 +119,17 @@ def saved_variables(model: keras.Model) -> list:
     return [v for v in model.weights if id(v) in found]
 
 
+def pretrained_variables(model: keras.Model) -> list:
+    """The variables of a converted model that are no part of a head."""
+    everything = keras_private.flatten_layers(model)
+    adapted = {id(x) for x in everything if isinstance(x, SRLoRALayer)}
+    with warnings.catch_warnings():
+        # What is not sure was said at the conversion.
+        warnings.simplefilter("ignore")
+        parts = _base_parts(model, adapted)
+    return [variable for part in parts for variable in part.variables]
+
+
 def _saved_paths(layers):
     """What the SRLoRA layers among some layers name in `modules_to_save`."""
     return {
