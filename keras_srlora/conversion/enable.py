@@ -234,7 +234,8 @@ def convert_plain(model, layers, arguments, trained=(), modules=()):
     freeze_base(model, layers, trained, modules)
     trained = {id(variable) for variable in trained}
     arguments = [
-        {**of_layer, "train_bias": id(layer.bias) in trained}
+        # An embedding has no bias.
+        {**of_layer, "train_bias": id(getattr(layer, "bias", None)) in trained}
         for layer, of_layer in zip(layers, arguments)
     ]
     convert_layers(model, layers, arguments)

@@ -201,7 +201,8 @@ def find_biases(model, layers, bias):
     if bias == "none":
         return []
     if bias == "srlora_only":
-        return [layer.bias for layer in layers if layer.bias is not None]
+        biases = [getattr(layer, "bias", None) for layer in layers]
+        return [bias for bias in biases if bias is not None]
     return [v for v in model.variables if is_bias(v)]
 
 
