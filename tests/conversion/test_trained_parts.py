@@ -34,7 +34,7 @@ def convert(model, names=NAMES, **arguments):
 
 def others(model):
     paths = sorted(v.path for v in model.trainable_variables)
-    return [path for path in paths if "lora_kernel" not in path]
+    return [path for path in paths if "/lora_" not in path]
 
 
 # Scales.
