@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import keras
 
 from keras_srlora.backend import keras_private
@@ -11,6 +9,8 @@ from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.progress import check_verbose
 from keras_srlora.conversion.containers import convert_layers
 from keras_srlora.conversion.freezing import freeze_base
+from keras_srlora.conversion.holders import Holders
+from keras_srlora.conversion.targets import bias_of
 from keras_srlora.conversion.targets import check_model
 from keras_srlora.conversion.targets import find_biases
 from keras_srlora.conversion.targets import find_by_pattern
@@ -23,6 +23,7 @@ from keras_srlora.functional.contraction import as_matrix
 from keras_srlora.layers.find import decompose_kernels
 from keras_srlora.layers.frozen import float_kernel
 from keras_srlora.layers.kinds import ADAPTED
+from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.placement import warn_of_whole_factors
 from keras_srlora.layers.requirements import check_arguments
 from keras_srlora.layers.requirements import check_finite_kernel
@@ -65,8 +66,8 @@ def enable_srlora(
 
     What is frozen here stays so: `model.trainable = False` and then `True`
     gives back what was trainable before. To train a pretrained layer whole,
-    name it in `modules_to_save`; after `merge_srlora`, `model.trainable = True`
-    thaws everything.
+    name it in `modules_to_save`; `merge_srlora` and `unload_srlora` give back
+    what was trainable before.
 
     A model that was compiled before must be compiled again.
 
@@ -168,7 +169,8 @@ def enable_srlora(
         )
         check_convertible(layer, of_layer["rank"])
     biases = find_biases(model, layers, bias)
-    with open_directions(directions, layers) as file:
+    paths = layer_paths(model)
+    with open_directions(directions, layers, paths) as file:
         convert_plain(model, layers, arguments, biases, modules)
         decompose_kernels(layers, file=file, verbose=verbose)
     return layers
@@ -206,17 +208,6 @@ def check_convertible(layer, rank):
     check_finite_kernel(float_kernel(layer), path)
 
 
-def _warn_of_outer_model(model):
-    if keras_private.is_part_of_another_model(model):
-        warnings.warn(
-            f"Model {model.name!r} is already a part of another model, whose "
-            "compiled functions cannot be reached from here. If that model was "
-            "used before (predict, evaluate, fit), call its `compile` again, "
-            "or convert it instead: `enable_srlora(outer_model)`.",
-            stacklevel=3,
-        )
-
-
 def plain_matrix(layer):
     """The kernel of a plain layer as a matrix of shape `(in, out)`."""
     plan = ADAPTED[type(layer)].read_plan(layer)
@@ -229,15 +220,16 @@ def convert_plain(model, layers, arguments, trained=(), modules=()):
     Their kernels are not decomposed yet. Everything else that is pretrained is
     frozen, but for the variables in `trained` and the layers in `modules`.
     """
+    if not layers and not trained:
+        return
     refuse_shared_kernels(model, layers)
-    _warn_of_outer_model(model)
+    holders = Holders(model, layers)
     freeze_base(model, layers, trained, modules)
     trained = {id(variable) for variable in trained}
     arguments = [
-        # An embedding has no bias.
-        {**of_layer, "train_bias": id(getattr(layer, "bias", None)) in trained}
+        {**of_layer, "train_bias": id(bias_of(layer)) in trained}
         for layer, of_layer in zip(layers, arguments)
     ]
-    convert_layers(model, layers, arguments)
+    convert_layers(holders.containers(), layers, arguments)
     warn_of_whole_factors(layers)
-    keras_private.drop_compiled_functions(model)
+    holders.follow()

@@ -99,26 +99,6 @@ def _thaw(layer, busy):
             _thaw(part, busy)
 
 
-def saved_variables(model: keras.Model) -> list:
-    """The weights of the layers in the `modules_to_save` of a model.
-
-    Raises:
-        ValueError: if one of these layers is not inside of the model.
-    """
-    everything = keras_private.flatten_layers(model)
-    paths = _saved_paths(everything)
-    layers = _layers_at(everything, paths)
-    missing = set(paths) - {layer.path for layer in layers}
-    if missing:
-        raise ValueError(
-            f"`modules_to_save` names layers that are not inside of model "
-            f"{model.name!r}. Pass the model that `enable_srlora` converted. "
-            f"Received: {sorted(missing)}"
-        )
-    found = {id(v) for layer in layers for v in layer.weights}
-    return [v for v in model.weights if id(v) in found]
-
-
 def _saved_paths(layers):
     """What the SRLoRA layers among some layers name in `modules_to_save`."""
     return {

@@ -12,6 +12,7 @@ from keras_srlora.conversion.blocks import DEFAULT
 from keras_srlora.conversion.blocks import pretrained_projections
 from keras_srlora.layers.kinds import ADAPTED
 from keras_srlora.layers.kinds import PLAIN
+from keras_srlora.layers.paths import layer_paths
 
 
 def find_targets(model, names, excluded=(), modules=()):
@@ -34,7 +35,7 @@ def find_targets(model, names, excluded=(), modules=()):
     _check_names("exclude_layer_names", excluded)
     left_out = set()
     for name in excluded:
-        matched = _matched(everything, name)
+        matched = _matched(model, everything, name)
         if not matched:
             _refuse_name("exclude_layer_names", model, everything, name)
         left_out.update(map(id, matched))
@@ -68,7 +69,7 @@ def find_modules(model, names):
     everything = keras_private.flatten_layers(model)
     found = {}
     for name in names:
-        matched = [x for x in _matched(everything, name) if x.weights]
+        matched = [x for x in _matched(model, everything, name) if x.weights]
         if not matched:
             _refuse_name("modules_to_save", model, everything, name)
         found.update((id(layer), layer) for layer in matched)
@@ -124,7 +125,7 @@ def _named_targets(model, everything, names):
         )
     targets = {}
     for name in names:
-        matched = _matched(everything, name)
+        matched = _matched(model, everything, name)
         if not matched:
             _refuse_name("target_layer_names", model, everything, name)
         # An expression may match norms and embeddings on its way; a name
@@ -135,12 +136,18 @@ def _named_targets(model, everything, names):
     return list(targets.values())
 
 
-def _matched(layers, name):
-    """The layers of a name, or whose whole path an expression matches."""
+def _matched(model, layers, name):
+    """The layers of a name, or whose whole path an expression matches.
+
+    Layers that have their path in common with others have another one, too.
+    """
+    paths = layer_paths(model)
     return [
         layer
         for layer in layers
-        if name == layer.name or re.fullmatch(name, layer.path or "")
+        if name == layer.name
+        or re.fullmatch(name, layer.path or "")
+        or re.fullmatch(name, paths[id(layer)])
     ]
 
 
@@ -188,7 +195,7 @@ def find_by_pattern(model, layers, argument, pattern, default):
     _check_names(argument, pattern)
     values = {}
     for name, of_name in pattern.items():
-        matched = _matched(layers, name)
+        matched = _matched(model, layers, name)
         if not matched:
             _refuse_name(argument, model, layers, name)
         for layer in matched:
@@ -201,9 +208,14 @@ def find_biases(model, layers, bias):
     if bias == "none":
         return []
     if bias == "srlora_only":
-        biases = [getattr(layer, "bias", None) for layer in layers]
+        biases = map(bias_of, layers)
         return [bias for bias in biases if bias is not None]
     return [v for v in model.variables if is_bias(v)]
+
+
+def bias_of(layer):
+    """The bias of a layer; `None` of an embedding, which has no such name."""
+    return getattr(layer, "bias", None)
 
 
 def is_bias(variable):

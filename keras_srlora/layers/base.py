@@ -6,15 +6,20 @@ Adding and removing factors is in `factors.py`; how a frozen kernel is stored in
 remembers in `record.py`.
 """
 
+import keras
 from keras import ops
 
 from keras_srlora.backend import keras_private
+from keras_srlora.backend import keras_quantization
+from keras_srlora.backend.arguments import as_python_number
 from keras_srlora.functional import contraction
 from keras_srlora.layers import pairs
 from keras_srlora.layers import weights_file
 from keras_srlora.layers.companions import Companions
 from keras_srlora.layers.factors import ARGUMENTS
+from keras_srlora.layers.factors import LATER_ARGUMENTS
 from keras_srlora.layers.factors import add_factors
+from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_arguments
 from keras_srlora.layers.requirements import check_built
@@ -81,36 +86,26 @@ class SRLoRALayer:
                 f"layer {self.name!r}."
             )
         self.set_arguments(
-            rank,
-            target_rank,
-            lora_alpha,
-            recipe,
-            decomposition,
-            train_bias,
-            use_rslora,
-            modules_to_save,
+            rank=rank,
+            target_rank=target_rank,
+            lora_alpha=lora_alpha,
+            recipe=recipe,
+            decomposition=decomposition,
+            train_bias=train_bias,
+            use_rslora=use_rslora,
+            modules_to_save=modules_to_save,
         )
 
-    def set_arguments(
-        self,
-        rank,
-        target_rank,
-        lora_alpha,
-        recipe,
-        decomposition,
-        train_bias,
-        use_rslora=False,
-        modules_to_save=(),
-    ):
-        """Takes checked arguments, when built or when converted."""
-        self.rank = rank
-        self.target_rank = target_rank
-        self.lora_alpha = lora_alpha
-        self.recipe = recipe
-        self.decomposition = decomposition
-        self.train_bias = train_bias
-        self.use_rslora = use_rslora
-        self.modules_to_save = tuple(modules_to_save)
+    def set_arguments(self, **arguments):
+        """Takes checked arguments, when built or when converted.
+
+        Those of `LATER_ARGUMENTS` may be left out.
+        """
+        arguments = {**LATER_ARGUMENTS, **arguments}
+        for name in ARGUMENTS:
+            # As Python's numbers, which a config in JSON can hold.
+            setattr(self, name, as_python_number(arguments[name]))
+        self.modules_to_save = tuple(self.modules_to_save)
         self.record = Record()
         self.companions = Companions()
 
@@ -143,6 +138,18 @@ class SRLoRALayer:
             "LoRA cannot be enabled beside them. Use a plain layer, or call "
             "`keras_srlora.merge_srlora(model)` first."
         )
+
+    @property
+    def dtype_policy(self):
+        return super().dtype_policy
+
+    @dtype_policy.setter
+    def dtype_policy(self, policy):
+        # Keras quantizes a built layer that gets the policy of a quantized one.
+        if keras.dtype_policies.get(policy).quantization_mode is not None:
+            if self.built and self.quantization_mode is None:
+                refuse_to_quantize(self)
+        keras_quantization.set_dtype_policy(self, policy)
 
     # The step path.
 
@@ -253,6 +260,7 @@ class SRLoRALayer:
                 Nothing is changed then.
         """
         check_initializable(self)
+        check_finite_factors([self])
         fused, _ = pairs.frozen_rows(self, self.record)
         if self.frozen.room is not None and len(fused):
             raise ValueError(
@@ -294,3 +302,27 @@ class SRLoRALayer:
 
     def load_own_variables(self, store):
         weights_file.load(self, store)
+
+
+def refuse_to_quantize(layer):
+    """Raises `ValueError` for an SRLoRA layer, and for a model that holds one.
+
+    Keras would quantize the frozen kernel, or everything around it, and leave
+    the factors to a layer that is neither.
+    """
+    found = [
+        x.path
+        for x in keras_private.flatten_layers(layer)
+        if isinstance(x, SRLoRALayer) and x.built
+    ]
+    if found:
+        raise ValueError(
+            "SRLoRA layers cannot be quantized, nor can a model that holds "
+            "any. Call `keras_srlora.merge_srlora(model)` first; or quantize "
+            "the plain model and convert that. Received: "
+            f"{type(layer).__name__} {layer.name!r} with {len(found)} SRLoRA "
+            f"layers, such as {found[0]!r}"
+        )
+
+
+keras_quantization.ask_before_quantizing(refuse_to_quantize)

@@ -1,11 +1,11 @@
 """What a layer and its kernel must be like, checked before any change."""
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.arguments import is_integer
+from keras_srlora.backend.arguments import is_number
 from keras_srlora.backend.arguments import keras_version
 from keras_srlora.functional.decomposition import METHODS
 from keras_srlora.layers.frozen import MODES
@@ -33,9 +33,7 @@ def check_arguments(
             f"Received: {target_rank=}, {rank=}"
         )
     if lora_alpha is not None and not (
-        isinstance(lora_alpha, (int, float, np.integer, np.floating))
-        and not isinstance(lora_alpha, bool)
-        and 0 < lora_alpha < float("inf")
+        is_number(lora_alpha) and 0 < lora_alpha < float("inf")
     ):
         raise ValueError(
             f"`lora_alpha` must be a positive number. Received: {lora_alpha=}"

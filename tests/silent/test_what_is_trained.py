@@ -442,7 +442,7 @@ if keras.backend.backend() == "tensorflow":
         del TOGGLES[order]
 
 
-@pytest.mark.parametrize("bias", ["none", "srlora_only", "all"])
+@pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("order", TOGGLES)
 def test_thawing_gives_back_what_was_trainable_before(order, bias):
     inner = _with_other_layers()
