@@ -58,9 +58,11 @@ def freeze_base(model, targets, trained=(), modules=()):
     for layer in everything:
         if not layer.trainable and inside(layer) & learning:
             _open(layer, learning)
-    for variable in model.variables:
-        if id(variable) in trained:
-            variable.trainable = True
+    for layer in everything:
+        # Moving averages are never trained, whoever names them.
+        for variable in keras_pinned.own_variables(layer):
+            if id(variable) in trained:
+                variable.trainable = True
 
 
 def release(models):
