@@ -241,9 +241,10 @@ def _warn_of_head(model, head, unclear):
         warnings.warn(
             f"Model {model.name!r} is a subclassed model, which does not say "
             "in what order it calls its layers. By the order of its "
-            f"attributes, {trained} come behind the converted layers and stay "
-            f"trainable, and {frozen} are frozen. Where a layer among these is "
-            "new, pass its name in `modules_to_save`; set "
-            "`layer.trainable = False` where a trainable one is not.",
+            f"attributes, {trained or 'no others'} come behind the converted "
+            f"layers and stay trainable, and {frozen or 'no others'} are "
+            "frozen. Where a frozen layer is new, pass its name in "
+            "`modules_to_save`; set `layer.trainable = False` where a "
+            "trainable one was pretrained.",
             stacklevel=6,
         )
