@@ -586,7 +586,8 @@ def test_a_subclassed_model_needs_names():
     model(np.zeros((1, 4), "float32"))
     refused(model, "Name the layers to convert")
     name = model.hidden.name
-    (layer,) = enable_srlora(model, rank=2, target_layer_names=[name])
+    with pytest.warns(UserWarning, match=f"'{model.head.name}'.*trainable"):
+        (layer,) = enable_srlora(model, rank=2, target_layer_names=[name])
     assert layer is model.hidden
     assert {v.path.split("/")[-2] for v in model.trainable_variables} == {
         name,
