@@ -43,12 +43,7 @@ ONE_THREAD = {
 @nox.session
 def quickstart(session):
     """Fine-tune a pretrained BERT with SRLoRA and with LoRA."""
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if backend not in BACKENDS:
-        session.error(
-            f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. "
-            f"Received: {backend!r}"
-        )
+    (backend,) = backends(session, "tensorflow")
     # KerasHub's tokenizers run on TensorFlow, whatever the backend.
     extras = sorted({"tensorflow", backend, "hub", "examples"})
     install(session, extras, with_data=True)
@@ -62,15 +57,22 @@ def quickstart(session):
 
 @nox.session
 def tests(session):
-    """Run the whole test suite on each of the three backends."""
-    install(session, [*BACKENDS, "hub", "examples", "test", "docs"], True)
+    """Run the whole suite on the three backends, or on `KERAS_BACKEND`."""
+    install_for_tests(session)
     run_suite(session)
+
+
+@nox.session
+def quick(session):
+    """Run for a minute what most changes break; on `KERAS_BACKEND` or JAX."""
+    install_for_tests(session, "jax")
+    run_suite(session, *QUICK, default="jax")
 
 
 @nox.session
 def oldest(session):
     """Run the whole suite with the oldest Keras that is supported."""
-    install(session, [*BACKENDS, "hub", "examples", "test", "docs"], True)
+    install_for_tests(session)
     session.install("--no-deps", *OLDEST)
     run_suite(
         session,
@@ -128,21 +130,35 @@ def package(session):
     )
 
 
-def run_suite(session, *options):
+def backends(session, *default):
+    """The backend that the caller chose, or the default ones."""
+    chosen = os.environ.get("KERAS_BACKEND")
+    if chosen and chosen not in BACKENDS:
+        session.error(
+            f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}. "
+            f"Received: {chosen!r}"
+        )
+    return [chosen] if chosen else default
+
+
+def install_for_tests(session, *default):
+    """Installs what the suite needs on the backends that it will run on."""
+    # KerasHub's tokenizers run on TensorFlow, whatever the backend.
+    chosen = {"tensorflow", *backends(session, *(default or BACKENDS))}
+    install(session, [*sorted(chosen), "hub", "examples", "test"], True)
+
+
+def run_suite(session, *options, default=BACKENDS):
     """Runs pytest on each backend, on the others too where one fails."""
     failed = []
-    for backend in BACKENDS:
+    for backend in backends(session, *default):
         session.log(f"The test suite on {backend}:")
         try:
             session.run(
-                "python",
-                "-m",
-                "pytest",
-                # One process a core; a file's tests share what they set up.
-                "-n",
-                "auto",
-                "--dist",
-                "loadfile",
+                *("python", "-m", "pytest"),
+                # One process a core. A file's tests share what they set up;
+                # files begin in the order of tests/conftest.py.
+                *("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"),
                 *options,
                 *session.posargs,
                 env=ONE_THREAD | environment(backend),

@@ -1,6 +1,6 @@
 """How far effective kernels drift over 50 recompositions.
 
-    python benchmarks/drift.py
+    python -m benchmarks.drift
 
 Kernels of MiniLM, stored in float32, bfloat16, float16, int8 and int4. Between
 two recompositions the pairs move, as training moves them; a float64 account of
@@ -18,18 +18,14 @@ A second table has what would be lost if a quantized kernel took up what is
 fused, and were quantized again each time.
 """
 
-import pathlib
-import sys
-
 import keras
 import numpy as np
 from keras import ops
 
 import keras_srlora
-from keras_srlora._quantized import float_kernel
-from keras_srlora._quantized import is_quantized
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "quality"))
+from keras_srlora.layers import pairs
+from keras_srlora.layers.frozen import float_kernel
+from keras_srlora.layers.frozen import is_quantized
 
 RECOMPOSITIONS = 50
 RANK = 4
@@ -80,9 +76,9 @@ def main():
 
 def minilm_kernels():
     """Six kernels: attention and feed-forward, of the first and last layer."""
-    import tasks
+    from benchmarks.quality.tasks.texts import minilm
 
-    backbone = tasks.minilm(6)
+    backbone = minilm(6)
     return [
         ops.convert_to_numpy(layer.kernel).reshape(layer.kernel.shape[0], -1)
         for index in (0, 5)
@@ -159,18 +155,19 @@ def move(layer, step):
 def recompose(layer, step):
     """Fuses half of the pairs."""
     slots = (np.arange(RANK // 2) + step * RANK // 2) % RANK
-    layer.fuse_and_restart(
+    pairs.fuse_and_restart(
+        layer,
         slots,
-        layer.adapter_state.unused[: len(slots)],
+        layer.record.unused[: len(slots)],
         np.ones(len(slots)),
-        layer.recipe["scale"],
+        layer.recipe.scale_restarted,
         step,
     )
 
 
 def product(layer):
     """`s · aᵀ b` of the stored factors, in float64."""
-    a, b = (np.float64(x) for x in layer.factors_to_numpy())
+    a, b = (np.float64(x) for x in pairs.factors_to_numpy(layer))
     return layer.scale * a.T @ b
 
 
@@ -179,7 +176,7 @@ def effective(layer):
     kernel = ops.convert_to_numpy(ops.cast(float_kernel(layer), "float32"))
     kernel = np.float64(kernel)
     if is_quantized(layer):
-        a, b = layer.fused_kernel_a, layer.fused_kernel_b
+        a, b = layer.frozen.fused
         a, b = (np.float64(ops.convert_to_numpy(x)) for x in (a, b))
         kernel = kernel + a.T @ b
     return kernel + product(layer)

@@ -1,6 +1,6 @@
 """Time and memory to convert models of 1 B and 8 B parameters.
 
-    KERAS_BACKEND=torch python benchmarks/large_models.py
+    KERAS_BACKEND=torch python -m benchmarks.large_models
 
 Real layers of KerasHub's Llama 3 with random bfloat16 weights are converted by
 `enable_srlora` with a `directions` file: all 16 layers of the model of 1 B
@@ -27,9 +27,7 @@ import keras
 from keras import ops
 
 import keras_srlora
-from keras_srlora._layer import SRLoRALayer
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "speed"))
+from keras_srlora.layers import pairs
 
 RANK, TARGET_RANK = 8, 64
 MODELS = {
@@ -64,7 +62,8 @@ def main():
     found = {}
     for name, layers in zip(MODELS, args.layers):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--one", name, str(layers)]
+            command = [sys.executable, "-m", __spec__.name]
+            command += ["--one", name, str(layers)]
             found[name] = (
                 layers,
                 [
@@ -87,7 +86,7 @@ def main():
 
 def describe():
     """The machine and the versions, in a line."""
-    import environment
+    from benchmarks.shared import environment
 
     found = environment.describe()
     versions = found["versions"]
@@ -125,7 +124,7 @@ def convert(name, layers, path):
     )
     total = time.perf_counter() - start
     peak = memory("VmHWM") - before
-    assert not any(x.adapter_state.remainder is not None for x in converted)
+    assert not any(x.frozen.remainder is not None for x in converted)
     return {
         "total": total,
         "kernels": {k: statistics.median(v) for k, v in seconds.items()},
@@ -150,7 +149,7 @@ def build(name, layers):
 
 def time_kernels():
     """`{name: [seconds]}`, which fills while kernels are decomposed."""
-    seconds, original = {}, SRLoRALayer.start_pairs
+    seconds, original = {}, pairs.start_pairs
 
     def timed(layer, *args):
         start = time.perf_counter()
@@ -160,7 +159,7 @@ def time_kernels():
         taken = time.perf_counter() - start
         seconds.setdefault(layer.name, []).append(taken)
 
-    SRLoRALayer.start_pairs = timed
+    pairs.start_pairs = timed
     return seconds
 
 

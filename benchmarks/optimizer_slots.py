@@ -4,7 +4,7 @@ The paper leaves it open. A linear teacher whose update has rank 48, adapted at
 rank 8 by the published recipe: the relative error that is left after training,
 for each treatment of Adam's moments, at its best learning rate.
 
-    python benchmarks/optimizer_slots.py
+    python -m benchmarks.optimizer_slots
 
 The update is small, middling or as large as the pretrained kernel: a restarted
 pair is anchored at a singular direction, and an update that is small beside it

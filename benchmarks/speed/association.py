@@ -1,6 +1,6 @@
 """Thin products or the materialised kernel: which is faster, where?
 
-    KERAS_BACKEND=jax python benchmarks/speed/association.py
+    KERAS_BACKEND=jax python -m benchmarks.speed.association
 
 Forward and backward pass of one frozen kernel with a trained pair of factors,
 `y = x @ W + (x @ aᵀ) @ b`, in two ways: the two thin products, and

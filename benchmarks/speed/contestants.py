@@ -10,10 +10,10 @@ import functools
 import keras
 import keras_hub
 import numpy as np
-from turns import Loop
 
 import keras_srlora
-from keras_srlora.convert import _find_targets
+from benchmarks.shared.timings import Loop
+from keras_srlora.conversion.targets import find_targets
 
 VOCABULARY, TOKENS = 30522, 128
 RATE = 1e-4
@@ -61,7 +61,7 @@ def classifier(layers=2, width=768, dtype=None):
 
 def targets(model):
     """The layers that SRLoRA adapts by default; all others adapt the same."""
-    return _find_targets(model.backbone, None)
+    return find_targets(model.backbone, None)
 
 
 def full(model, rank):

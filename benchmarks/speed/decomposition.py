@@ -1,6 +1,6 @@
 """The randomized decomposition: its time and what it finds.
 
-    KERAS_BACKEND=jax python benchmarks/speed/decomposition.py
+    KERAS_BACKEND=jax python -m benchmarks.speed.decomposition
 
 Against the exact one on kernels of BERT-base's shapes; the energy that it finds
 in the kernels of a pretrained MiniLM, as a part of what the exact leading
@@ -20,8 +20,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_srlora._decomposition import OVERSAMPLING
-from keras_srlora._decomposition import decompose
+from keras_srlora.functional.decomposition import OVERSAMPLING
+from keras_srlora.functional.decomposition import decompose
 
 # How often, and of which shape, in one layer of BERT-base.
 SHAPES = {(768, 768): 4, (768, 3072): 1, (3072, 768): 1}
@@ -36,7 +36,7 @@ def measure():
     command = (
         "import os, runpy, sys; os.sched_setaffinity(0, {0}); "
         f"sys.argv[1:] = ['--large']; "
-        f"runpy.run_path({__file__!r}, run_name='__main__')"
+        f"runpy.run_module({__spec__.name!r}, run_name='__main__')"
     )
     printed = subprocess.run(
         [sys.executable, "-c", command], check=True, capture_output=True

@@ -1,6 +1,6 @@
 """How a step, a recomposition and a decomposition grow.
 
-    KERAS_BACKEND=jax python benchmarks/speed/growth.py
+    KERAS_BACKEND=jax python -m benchmarks.speed.growth
 
 Two layers of one width in a row, trained by `fit` beside their floor: the same
 layers with trainable biases alone. One of rank, width and tokens varies.
@@ -10,16 +10,16 @@ import functools
 import json
 import time
 
-import contestants
 import keras
 import numpy as np
-import turns
-from contestants import BeforeStep
 from keras import layers
 from keras import ops
 
 import keras_srlora
-from keras_srlora._decomposition import decompose
+from benchmarks.shared import timings
+from benchmarks.speed import contestants
+from benchmarks.speed.contestants import BeforeStep
+from keras_srlora.functional.decomposition import decompose
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 WIDTHS = (256, 512, 1024, 2048, 4096)
@@ -53,10 +53,10 @@ def step(rank=RANK, width=WIDTH, tokens=TOKEN_COUNT):
         name: fit_loop(name, rank, width, tokens)
         for name in ("srlora", "floor")
     }
-    seconds = turns.interleave(loops, rounds=9, steps=3)
+    seconds = timings.interleave(loops, rounds=9, steps=3)
     return {
         **{k: float(f"{np.median(v):.4g}") for k, v in seconds.items()},
-        "ratio": round(turns.ratio(seconds, "srlora", "floor")[0], 3),
+        "ratio": round(timings.ratio(seconds, "srlora", "floor")[0], 3),
     }
 
 
@@ -95,7 +95,7 @@ def fit_loop(name, rank, width, tokens):
             callbacks=[BeforeStep(before_step), *own],
         )
 
-    return turns.Loop(train, functools.partial(contestants.wait, model))
+    return timings.Loop(train, functools.partial(contestants.wait, model))
 
 
 def recomposition(width, times=6):

@@ -1,6 +1,6 @@
 """Seconds of `import keras_srlora` beyond `import keras`.
 
-KERAS_BACKEND=jax python benchmarks/speed/import_time.py
+KERAS_BACKEND=jax python -m benchmarks.speed.import_time
 """
 
 import json

@@ -1,16 +1,16 @@
 """Inference after `merge_srlora` beside the model that was never converted.
 
-KERAS_BACKEND=jax python benchmarks/speed/inference.py
+KERAS_BACKEND=jax python -m benchmarks.speed.inference
 """
 
 import json
 import time
 
-import contestants
 import numpy as np
-import turns
 
 import keras_srlora
+from benchmarks.shared import timings
+from benchmarks.speed import contestants
 
 ROUNDS, CALLS = 31, 2
 
@@ -31,7 +31,7 @@ def measure():
                 models[name].predict_on_batch(x)
             if index:
                 seconds[name].append((time.perf_counter() - start) / CALLS)
-    ratio = turns.ratio(seconds, "merged", "plain")
+    ratio = timings.ratio(seconds, "merged", "plain")
     return {
         "seconds": {
             k: round(float(np.median(v)), 4) for k, v in seconds.items()

@@ -1,6 +1,6 @@
 """Peak memory of training, whole process, one process a method. Linux only.
 
-    KERAS_BACKEND=jax python benchmarks/speed/memory.py
+    KERAS_BACKEND=jax python -m benchmarks.speed.memory
 
 The peak is reset when the model is ready: what building it took at most, with
 its random weights, is of no interest. On a GPU, the peak of the device beside.
@@ -10,9 +10,10 @@ import json
 import subprocess
 import sys
 
-import contestants
-import environment
 import keras
+
+from benchmarks.shared import environment
+from benchmarks.speed import contestants
 
 METHODS = ("full", "floor", "keras_lora", "srlora")
 STEPS = 8
@@ -30,7 +31,7 @@ def compare(methods, layers):
     """Each method in a process of its own."""
     peaks = {}
     for method in methods:
-        command = [sys.executable, __file__, method, str(layers)]
+        command = [sys.executable, "-m", __spec__.name, method, str(layers)]
         printed = subprocess.run(
             command, check=True, stdout=subprocess.PIPE
         ).stdout

@@ -1,6 +1,6 @@
 """One recomposition of all layers of a BERT-base, beside one training step.
 
-    KERAS_BACKEND=jax python benchmarks/speed/recomposition.py
+    KERAS_BACKEND=jax python -m benchmarks.speed.recomposition
 
 Beside the seconds: how often JAX compiled something, and how often the compiled
 step was traced anew, in each recomposition.
@@ -9,11 +9,11 @@ step was traced anew, in each recomposition.
 import json
 import time
 
-import contestants
 import keras
 import numpy as np
 
 import keras_srlora
+from benchmarks.speed import contestants
 
 RECOMPOSITIONS, STEPS = 6, 3
 

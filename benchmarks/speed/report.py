@@ -1,25 +1,25 @@
-"""Writes the tables and the picture of `results/`.
+"""Writes the tables and the picture of `benchmarks/results/speed`.
 
-    python benchmarks/speed/report.py
+    python -m benchmarks.speed.report
 
 The tables go between the two marks of `benchmarks/README.md`; the picture is
 `docs/growth.png`, and the exponents of its curves are in the tables.
 """
 
 import json
+import pathlib
 import re
 
-import matplotlib
 import numpy as np
-import run
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from benchmarks.shared import plots
+from benchmarks.shared.tables import fill_in
+from benchmarks.shared.tables import markdown
 
-ROOT = run.HERE.parents[1]
-README = run.HERE.parent / "README.md"
-PICTURE = ROOT / "docs" / "growth.png"
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+FOLDER = pathlib.Path(__file__).parents[1]
+README = FOLDER / "README.md"
+RESULTS = FOLDER / "results" / "speed"
+PICTURE = FOLDER.parent / "docs" / "growth.png"
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
 # Figure, result file, and where in it; three numbers are median and quartiles.
@@ -78,9 +78,9 @@ CURVES = (
 
 
 def main():
-    """Reads `results/*.json`."""
+    """Reads the results."""
     results = {}
-    for path in sorted((run.HERE / "results").glob("*.json")):
+    for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         backend = content["environment"]["backend"]
         results[content["figure"], backend] = content
@@ -93,11 +93,7 @@ def main():
         exponents(found),
         association(found),
     ]
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    inner = "\n\n".join(["", *parts, ""])
-    README.write_text(f"{before}{BEGIN}{inner}{END}{after}", encoding="utf-8")
+    fill_in(README, "speed", "\n\n".join(parts))
     growth = {b: found["growth", b] for f, b in found if f == "growth"}
     if growth:
         plot(growth)
@@ -116,13 +112,6 @@ def machine(results):
             f"{threads or 'threads by default'}): {versions}."
         )
     return "\n".join(sorted(lines))
-
-
-def table(header, rows):
-    """In Markdown."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in [header, *rows]]
-    lines.insert(1, "|---" * len(header) + "|")
-    return "\n".join(lines)
 
 
 def ratios(found):
@@ -147,7 +136,7 @@ def ratios(found):
     ]
     return (
         "Ratios of what ran by turns in one process; quartiles in brackets.\n\n"
-        + table(["figure", *NAMES.values()], rows)
+        + markdown([["figure", *NAMES.values()], *rows])
     )
 
 
@@ -161,7 +150,7 @@ def steps(found):
                 for name, seconds in values["seconds"].items()
             ]
             header = [f"{title}, {size}", "seconds a step", "parameters"]
-            parts.append(table(header, rows))
+            parts.append(markdown([header, *rows]))
     return "\n\n".join(parts)
 
 
@@ -187,7 +176,7 @@ def large_kernel(found):
         "seconds",
         "energy missed",
     ]
-    return table(header, rows)
+    return markdown([header, *rows])
 
 
 def exponents(found):
@@ -202,7 +191,7 @@ def exponents(found):
     header = ["curve", "expected exponent", *NAMES.values()]
     return (
         "Exponents over the last three points of each curve "
-        "(`docs/growth.png`).\n\n" + table(header, rows)
+        "(`docs/growth.png`).\n\n" + markdown([header, *rows])
     )
 
 
@@ -237,7 +226,7 @@ def association(found):
             "tokens",
             *(f"rank {rank}" for rank in ranks),
         ]
-        parts.append(table(header, rows))
+        parts.append(markdown([header, *rows]))
     if not parts:
         return ""
     return (
@@ -248,7 +237,7 @@ def association(found):
 
 def plot(growth):
     """One panel a curve, one line a backend."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.5), layout="constrained")
+    figure, axes = plots.subplots(2, 3, size=(11, 6.5))
     for axis, (curve, x_name, _) in zip(axes.flat, CURVES):
         for color, backend in enumerate(NAMES):
             if curve not in growth.get(backend, {}):
@@ -274,7 +263,7 @@ def plot(growth):
         axis.grid(alpha=0.3)
     axes.flat[0].set_ylim(bottom=0.5 * min(axes.flat[0].get_ylim()))
     axes.flat[0].legend(fontsize=8, ncols=2)
-    figure.savefig(PICTURE, dpi=110)
+    plots.save(figure, PICTURE)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Measures everything about speed and memory, on each backend.
 
-    python benchmarks/speed/run.py
-    python benchmarks/speed/run.py --backends jax --figures step memory --again
+    python -m benchmarks.speed.run
+    python -m benchmarks.speed.run --backends jax --figures step memory --again
 
-Each figure on each backend is one process, and one file of `results/`; what is
-there is not measured again. Then `report.py` writes the tables and pictures.
+Each figure on each backend is one process, and one file of
+`benchmarks/results/speed`; what is there is not measured again. Then `report`
+writes the tables and pictures.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import pathlib
 import subprocess
 import sys
 
-HERE = pathlib.Path(__file__).parent
+RESULTS = pathlib.Path(__file__).parents[1] / "results" / "speed"
 BACKENDS = ("tensorflow", "jax", "torch")
 FIGURES = (
     "step",
@@ -34,9 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     parser.add_argument("--figures", nargs="+", default=FIGURES)
-    parser.add_argument(
-        "--results", type=pathlib.Path, default=HERE / "results"
-    )
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -49,21 +48,22 @@ def main():
             if path.exists() and not args.again:
                 continue
             print(path.stem, flush=True)
-            command = [sys.executable, __file__, "--one", figure]
+            command = [sys.executable, "-m", __spec__.name, "--one", figure]
             subprocess.run(
                 [*command, "--results", args.results],
                 env=os.environ | {"KERAS_BACKEND": backend},
                 check=True,
             )
-    # Of what lies in `results/`, wherever the others were written.
-    subprocess.run([sys.executable, HERE / "report.py"], check=True)
+    # Of what lies in the repository, wherever the others were written.
+    report = [sys.executable, "-m", "benchmarks.speed.report"]
+    subprocess.run(report, check=True)
 
 
 def measure_one(figure, results):
     """In a process that has the backend."""
-    import environment
+    from benchmarks.shared import environment
 
-    found = importlib.import_module(figure).measure()
+    found = importlib.import_module(f"benchmarks.speed.{figure}").measure()
     described = environment.describe()
     path = results / f"{figure}-{described['backend']}.json"
     content = {"figure": figure, "environment": described, "found": found}

@@ -1,17 +1,18 @@
 """Seconds of a training step of each method, side by side in one process.
 
-    KERAS_BACKEND=jax python benchmarks/speed/step.py
+    KERAS_BACKEND=jax python -m benchmarks.speed.step
 
 Prints medians, and the ratios of SRLoRA to the others with their quartiles.
 """
 
 import json
 
-import contestants
-import environment
 import keras
 import numpy as np
-import turns
+
+from benchmarks.shared import environment
+from benchmarks.shared import timings
+from benchmarks.speed import contestants
 
 METHODS = ("full", "floor", "keras_lora", "srlora")
 WITHOUT = "srlora_without_statistics"
@@ -35,13 +36,13 @@ def compare(rounds=11, rounds_of_statistics=31, steps=3, **size):
         methods += contestants.PEFT
     seconds, parameters = race(methods, rounds, steps, **size)
     ratios = {
-        other: turns.ratio(seconds, "srlora", other)
+        other: timings.ratio(seconds, "srlora", other)
         for other in OTHERS
         if other in seconds
     }
     pair, _ = race(["srlora", WITHOUT], rounds_of_statistics, 2, **size)
-    ratios[WITHOUT] = turns.ratio(pair, "srlora", WITHOUT)
-    ratios["floor / keras_lora"] = turns.ratio(seconds, "floor", "keras_lora")
+    ratios[WITHOUT] = timings.ratio(pair, "srlora", WITHOUT)
+    ratios["floor / keras_lora"] = timings.ratio(seconds, "floor", "keras_lora")
     return {
         "seconds": {
             name: round(float(np.median(values)), 4)
@@ -65,7 +66,7 @@ def race(methods, rounds, steps, **size):
             else contestants.keras_loop
         )
         loops[name], parameters[name] = make(name, **size)
-    return turns.interleave(loops, rounds, steps), parameters
+    return timings.interleave(loops, rounds, steps), parameters
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import keras_private
+from keras_srlora.backend.arguments import is_integer
 from keras_srlora.files.atomic import written_whole
 from keras_srlora.files.tensors import write_tensors
 from keras_srlora.functional.contraction import as_kernel
@@ -20,8 +21,11 @@ from keras_srlora.functional.low_rank import largest_cut
 from keras_srlora.functional.low_rank import thin_svd
 from keras_srlora.functional.low_rank import without_rounding
 from keras_srlora.layers import pairs
-from keras_srlora.layers.find import match_records
+from keras_srlora.layers.embedding import SRLoRAEmbedding
+from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.finite import check_finite_update
+from keras_srlora.layers.paths import layer_paths
 
 
 class Export(NamedTuple):
@@ -74,17 +78,21 @@ def export_lora(
         and `error`.
 
     Raises:
-        ValueError: if there is no SRLoRA layer, the name does not end in
-            `.lora.h5`, or `rank` is not positive.
+        ValueError: if there is no SRLoRA layer, one is an `SRLoRAEmbedding`,
+            which such a file cannot hold, factors or their product are not
+            finite, the name does not end in `.lora.h5`, or `rank` is not
+            positive.
     """
     if not str(filepath).endswith(".lora.h5"):
         raise ValueError(
             "The name of the file must end in `.lora.h5`, as KerasHub wants "
             f"it. Received: filepath={str(filepath)!r}"
         )
-    _check_rank(rank)
+    rank = _check_rank(rank)
     adapted = srlora_layers(backbone)
-    match_records(adapted)
+    require_records(adapted)
+    _refuse_tables(adapted)
+    check_finite_update(adapted)
     factored = {id(layer): _unfolded_factors(layer) for layer in adapted}
     needed = max(1, *(len(s) for _, s, _ in factored.values()))
     rank = needed if rank is None else rank
@@ -137,7 +145,8 @@ def export_peft(
         rank: int, or `None` for the rank that the updates need. A smaller one
             keeps the best approximation of each update.
         modules: dict from the path of a layer to the name of a
-            `torch.nn.Linear`, where the model is not one of those known.
+            `torch.nn.Linear`, or of a `torch.nn.Embedding` for an
+            `SRLoRAEmbedding`, where the model is not one of those known.
         prefix: str, before each name: `"bert."` for a
             `BertForSequenceClassification`.
 
@@ -146,14 +155,18 @@ def export_peft(
 
     Raises:
         ValueError: if there is no SRLoRA layer, a layer's module is not known,
-            two layers have the same, or `rank` is not positive.
+            two layers have the same, factors or their product are not finite,
+            or `rank` is not positive. Nothing is written then.
         ImportError: if safetensors is not installed.
     """
-    _check_rank(rank)
+    rank = _check_rank(rank)
     layers = srlora_layers(model)
-    match_records(layers)
+    require_records(layers)
+    check_finite_update(layers)
+    paths = layer_paths(model)
     names = [
-        prefix + _module_name(layer.path, modules or {}) for layer in layers
+        prefix + _module_name(paths[id(layer)], modules or {})
+        for layer in layers
     ]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -164,11 +177,13 @@ def export_peft(
     needed = max(1, *(len(values) for _, values, _ in factored))
     rank = needed if rank is None else rank
     tensors = {}
-    for name, factors in zip(names, factored):
+    for layer, name, factors in zip(layers, names, factored):
         left, right = balanced(*factors, rank)
-        # A `torch.nn.Linear` has its weight as (out, in).
-        tensors[f"base_model.model.{name}.lora_A.weight"] = left.T
-        tensors[f"base_model.model.{name}.lora_B.weight"] = right.T
+        name_a, name_b = _factor_names(layer)
+        # A `torch.nn.Linear` has its weight as (out, in); a table's factors
+        # are stored as these are.
+        tensors[f"base_model.model.{name}.{name_a}"] = left.T
+        tensors[f"base_model.model.{name}.{name_b}"] = right.T
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -183,9 +198,11 @@ def export_peft(
     }
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / "adapter_model.safetensors", tensors)
-    with written_whole(directory / "adapter_config.json") as unfinished:
-        pathlib.Path(unfinished).write_text(json.dumps(config, indent=2))
+    # Both or none: the first takes its name when the second has.
+    with written_whole(directory / "adapter_model.safetensors") as tensor_file:
+        write_tensors(tensor_file, tensors)
+        with written_whole(directory / "adapter_config.json") as config_file:
+            pathlib.Path(config_file).write_text(json.dumps(config, indent=2))
     return Export(rank, names, largest_cut(factored, rank))
 
 
@@ -217,6 +234,7 @@ MODULES = {
     ),
     _BERT + "feedforward_output_dense": ("encoder.layer.{}.output.dense", 0),
     "pooled_dense": ("pooler.dense", 0),
+    "segment_embedding": ("embeddings.token_type_embeddings", 0),
     _VIT + "mha/query": ("layers.{}.attention.q_proj", 1),
     _VIT + "mha/key": ("layers.{}.attention.k_proj", 1),
     _VIT + "mha/value": ("layers.{}.attention.v_proj", 1),
@@ -241,10 +259,31 @@ def _module_name(path, modules):
 
 
 def _check_rank(rank):
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
+    if rank is None:
+        return None
+    if not is_integer(rank) or rank < 1:
         raise ValueError(
             f"`rank` must be a positive integer or `None`. Received: {rank=}"
         )
+    return int(rank)
+
+
+def _refuse_tables(layers):
+    tables = [x.path for x in layers if isinstance(x, SRLoRAEmbedding)]
+    if tables:
+        raise ValueError(
+            "KerasHub's LoRA files hold the factors of projections and none of "
+            "embedding tables. Use `export_peft` or `save_adapter`, or "
+            "`merge_srlora` and save the whole model. "
+            f"Received: SRLoRAEmbedding layers {tables}"
+        )
+
+
+def _factor_names(layer):
+    """What PEFT calls the two factors of a layer."""
+    if isinstance(layer, SRLoRAEmbedding):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
 
 
 # Factors of an update.

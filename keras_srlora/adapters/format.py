@@ -1,5 +1,7 @@
 """What an adapter file holds of each layer, and whether it fits a model."""
 
+import re
+
 import numpy as np
 from keras import ops
 
@@ -11,6 +13,8 @@ from keras_srlora.functional.fingerprint import fingerprint
 from keras_srlora.functional.fingerprint import is_fingerprint
 from keras_srlora.layers import pairs
 from keras_srlora.layers.kinds import PLAIN
+from keras_srlora.layers.paths import layer_paths
+from keras_srlora.layers.paths import variable_paths
 from keras_srlora.layers.record import EVENT
 from keras_srlora.layers.record import FORMAT
 from keras_srlora.layers.record import FORMAT_NAME
@@ -37,6 +41,10 @@ DESCRIPTION = {
     "recipe": dict,
     "fingerprint": list,
 }
+# Fields that are written where they are not what they are here, so that other
+# files can be read by versions that do not know them.
+ADDED = {"use_rslora": False, "modules_to_save": []}
+TYPES = {**DESCRIPTION, "use_rslora": bool, "modules_to_save": list}
 TRAINABLE = "trainable"
 # Names of the factors in a file, whatever the layer calls them.
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
@@ -87,11 +95,11 @@ def record_of(arrays):
     kept, count = arrays["kept"], len(arrays["singular_values"])
     arrays = {k: v for k, v in arrays.items() if k not in (*FACTORS, "kept")}
     for name in ("left", "right"):
-        rows = np.zeros((count, arrays[name].shape[1]), "float32")
+        rows = np.zeros((count, arrays[name].shape[1]), arrays[name].dtype)
         rows[kept] = arrays[name]
         arrays[name] = rows
     # What was not kept is a direction of length zero.
-    values = np.zeros(count, "float32")
+    values = np.zeros(count, arrays["singular_values"].dtype)
     values[kept] = arrays["singular_values"][kept]
     arrays["singular_values"] = values
     return Record.from_arrays({**arrays, FORMAT_NAME: FORMAT})
@@ -99,6 +107,10 @@ def record_of(arrays):
 
 def describe(layer):
     """What the metadata say of a layer."""
+    added = {
+        "use_rslora": getattr(layer, "use_rslora", False),
+        "modules_to_save": list(getattr(layer, "modules_to_save", ())),
+    }
     return {
         "path": layer.path,
         "class": PLAIN[type(layer)].__name__,
@@ -109,17 +121,32 @@ def describe(layer):
         "lora_alpha": layer.lora_alpha,
         "recipe": layer.recipe.to_dict(),
         "fingerprint": fingerprint(pairs.pretrained_matrix(layer)),
+        **{k: value for k, value in added.items() if value != ADDED[k]},
     }
 
 
 def arguments_of(saved):
     """The arguments that a layer of a file is converted with."""
-    return {
+    arguments = {
+        **adapter_arguments(saved),
         "rank": saved["rank"],
+        "decomposition": "auto",
+    }
+    for name in ADDED:
+        # `convert_plain` fills in what is as it is by default.
+        if not arguments[name]:
+            del arguments[name]
+    return arguments
+
+
+def adapter_arguments(saved):
+    """Those arguments of a layer that an adapter brings along."""
+    return {
         "target_rank": saved["target_rank"],
         "lora_alpha": saved["lora_alpha"],
+        "use_rslora": saved["use_rslora"],
+        "modules_to_save": tuple(saved["modules_to_save"]),
         "recipe": get_recipe(saved["recipe"]),
-        "decomposition": "auto",
     }
 
 
@@ -134,7 +161,9 @@ def open_adapter(filepath):
     found = []
     for saved in _descriptions(metadata, filepath):
         arrays = _take(tensors, f"{saved['path']}/")
-        scale = (saved["lora_alpha"] or saved["rank"]) / saved["rank"]
+        rank = saved["rank"]
+        divisor = rank**0.5 if saved["use_rslora"] else rank
+        scale = (saved["lora_alpha"] or rank) / divisor
         found.append((saved, arrays, record_of(arrays), scale))
     return found
 
@@ -148,20 +177,24 @@ def read_checked(model, filepath):
     """
     with tensors_file.opened(filepath, KIND) as (opened, metadata):
         tensors = dict(opened)
-    by_path = {}
+    by_path, paths = {}, layer_paths(model)
     for layer in keras_private.flatten_layers(model):
-        by_path.setdefault(layer.path, []).append(layer)
+        by_path.setdefault(paths[id(layer)], []).append(layer)
     plans = []
     for saved in _descriptions(metadata, filepath):
-        layer = _find_layer(saved["path"], by_path, filepath)
+        layer = _find(saved["path"], by_path, "layer", filepath)
         arrays = _take(tensors, f"{saved['path']}/")
         _check_fits(layer, saved, arrays, filepath)
         plans.append((layer, saved, arrays))
-    variables = {v.path: v for v in model.variables}
-    others = _take(tensors, f"{TRAINABLE}/")
-    for path, array in others.items():
-        _check_variable(variables.get(path), path, array, filepath)
-    return plans, [(variables[path], array) for path, array in others.items()]
+    variables, paths = {}, variable_paths(model)
+    for variable in model.variables:
+        variables.setdefault(paths[id(variable)], []).append(variable)
+    others = []
+    for path, array in _take(tensors, f"{TRAINABLE}/").items():
+        variable = _find(path, variables, "variable", filepath)
+        _check_variable(variable, path, array, filepath)
+        others.append((variable, array))
+    return plans, others
 
 
 # Checks, all of them before the first change.
@@ -180,11 +213,16 @@ def _descriptions(metadata, filepath):
     if not isinstance(layers, list) or not layers:
         refuse("they name no layers")
     for saved in layers:
-        if not isinstance(saved, dict) or set(saved) != set(DESCRIPTION):
+        if not isinstance(saved, dict) or not (
+            set(DESCRIPTION) <= set(saved) <= set(TYPES)
+        ):
             refuse(f"a layer must have the fields {sorted(DESCRIPTION)}")
-        for name, types in DESCRIPTION.items():
+        saved |= {**ADDED, **saved}
+        for name, types in TYPES.items():
             if not isinstance(saved[name], types):
                 refuse(f"{name}={saved[name]!r}")
+        if not all(isinstance(x, str) for x in saved["modules_to_save"]):
+            refuse(f"modules_to_save={saved['modules_to_save']!r}")
         if not is_fingerprint(saved["fingerprint"]):
             refuse(f"fingerprint={saved['fingerprint']!r}")
         try:
@@ -200,15 +238,39 @@ def _descriptions(metadata, filepath):
     return layers
 
 
-def _find_layer(path, by_path, filepath):
+def _find(path, by_path, what, filepath):
+    """The one layer, or variable, of a path."""
     found = by_path.get(path, [])
-    if len(found) != 1:
-        raise ValueError(
-            f"{str(filepath)!r} is for a layer {path!r}; the model has "
-            f"{len(found)} of that path. Load it on the model that it was "
-            "trained on, built with the same names."
+    if len(found) == 1:
+        return found[0]
+    raise ValueError(
+        f"{str(filepath)!r} is for a {what} {path!r}; the model has "
+        f"{len(found)} of that path. {_explain_names(path, by_path)}"
+    )
+
+
+def _explain_names(path, by_path):
+    """What to do where a path is missing, or is there several times."""
+    counted = _without_numbers(path)
+    near = [p for p in by_path if p and _without_numbers(p) == counted]
+    if path in by_path or not near:
+        return (
+            "Load it on the model that it was trained on, built with the same "
+            "names."
         )
-    return found[0]
+    return (
+        "These are automatic names, which Keras counts up within a process: a "
+        "model that is built again, in the same notebook for example, has "
+        "others. Call `keras.utils.clear_session()` before the model is built, "
+        "each time, or give its layers names of their own, as in "
+        '`Dense(8, name="projection")`. '
+        f"Received: a model with {near[:3]}"
+    )
+
+
+def _without_numbers(path):
+    """Without what Keras appends to the names that it makes."""
+    return re.sub(r"_\d+(?=/|$)", "", path)
 
 
 def is_plain(layer):
@@ -243,17 +305,24 @@ def _check_fits(layer, saved, arrays, filepath):
         check_recipe(layer, get_recipe(saved["recipe"]), saved["target_rank"])
     matrix = _pretrained_matrix(layer)
     _check_arrays(matrix.shape, saved, arrays, file)
-    actual = np.array(fingerprint(matrix))
-    expected = np.array(saved["fingerprint"])
-    size = float(ops.convert_to_numpy(ops.norm(ops.cast(matrix, "float32"))))
-    # Entries are as large as the norm; a bfloat16 kernel is off by 0.004.
-    if not np.max(np.abs(actual - expected)) <= 2e-2 * max(size, 1e-12):
+    if not has_fingerprint(matrix, saved["fingerprint"]):
+        actual = np.array(fingerprint(matrix))
+        expected = np.array(saved["fingerprint"])
         raise ValueError(
             f"{file!r} was trained on other pretrained weights than those of "
             f"layer {path!r}: load the preset that it was trained on. "
             f"Received: fingerprint {np.round(actual[:4], 4).tolist()}..., "
             f"expected {np.round(expected[:4], 4).tolist()}..."
         )
+
+
+def has_fingerprint(matrix, expected):
+    """Whether a kernel is the one of a fingerprint, but for rounding."""
+    actual = np.array(fingerprint(matrix))
+    size = float(ops.convert_to_numpy(ops.norm(ops.cast(matrix, "float32"))))
+    # Entries are as large as the norm; a bfloat16 kernel is off by 0.004.
+    difference = np.max(np.abs(actual - np.array(expected)))
+    return bool(difference <= 2e-2 * max(size, 1e-12))
 
 
 def _pretrained_matrix(layer):
@@ -315,13 +384,10 @@ def _row_count(array):
 
 
 def _check_variable(variable, path, array, filepath):
-    if variable is None or tuple(variable.shape) != array.shape:
-        received = "no such variable"
-        if variable is not None:
-            received = f"a shape of {tuple(variable.shape)}"
+    if tuple(variable.shape) != array.shape:
         raise ValueError(
             f"{str(filepath)!r} holds the trainable variable {path!r} of shape "
-            f"{array.shape}; the model has {received}."
+            f"{array.shape}; the model has a shape of {tuple(variable.shape)}."
         )
 
 

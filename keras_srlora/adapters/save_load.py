@@ -1,28 +1,35 @@
-"""`save_adapter`, `load_adapter` and `adapter_disabled`."""
+"""`save_adapter` and `load_adapter`."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_srlora.adapters import format as file_format
 from keras_srlora.adapters.format import FACTORS
 from keras_srlora.adapters.format import KIND
 from keras_srlora.adapters.format import TRAINABLE
 from keras_srlora.adapters.format import is_plain
-from keras_srlora.backend import devices
+from keras_srlora.adapters.others import check_finite_variables
+from keras_srlora.adapters.others import saved_always
+from keras_srlora.adapters.others import to_numpy
+from keras_srlora.adapters.others import trainable_beside
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import check_paths
 from keras_srlora.conversion.enable import convert_plain
+from keras_srlora.conversion.holders import Holders
 from keras_srlora.files import tensors as tensors_file
 from keras_srlora.layers import pairs
+from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.find import match_records
+from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
-from keras_srlora.recipes.definition import get_recipe
+from keras_srlora.layers.finite import check_finite_factors
+from keras_srlora.layers.matching import check_record
+from keras_srlora.layers.paths import layer_paths
+from keras_srlora.layers.paths import variable_paths
+from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.version import __version__
 
 
@@ -38,16 +45,22 @@ def save_adapter(
     shapes, rank, `target_rank`, `lora_alpha`, recipe, and a fingerprint of each
     pretrained kernel. It is written whole or not at all.
 
+    Of several adapters (`add_adapter`) the current one is written. Layers whose
+    kernels were not decomposed compute what they did before and are left out,
+    as long as others were.
+
     Args:
         model: a `keras.Model` with SRLoRA layers whose kernels were decomposed.
         filepath: path of the file, such as `"film_reviews.safetensors"`.
         include_trainable: bool. Whether the other trainable variables (a head,
-            biases, norms) are written too. Defaults to `False`: where there are
-            any, a warning says which were left out.
+            biases, norms) are written too. Those of `modules_to_save` always
+            are. Defaults to `False`: where there are others, a warning says
+            which were left out.
 
     Raises:
-        ValueError: if there is no SRLoRA layer, one was not decomposed yet, or
-            two have the same path.
+        ValueError: if there is no SRLoRA layer, none was decomposed yet, one
+            has trained factors and no record, two have the same path, or there
+            is a number that is not finite. Nothing is written then.
         ImportError: if safetensors is not installed.
 
     Example:
@@ -57,25 +70,34 @@ def save_adapter(
     ```
     """
     layers = srlora_layers(model)
-    check_paths([layer.path for layer in layers], "SRLoRA layers")
+    require_records(layers)
+    learnt = [layer for layer in layers if layer.initialized]
+    if not learnt:
+        raise ValueError(
+            f"The kernel of layer {layers[0].path!r} was not decomposed yet, "
+            "nor any other: there is nothing to save. Train first, or call "
+            "`keras_srlora.initialize_factors(model)`."
+        )
+    check_finite_factors(learnt)
+    paths = layer_paths(model)
+    check_paths([paths[id(layer)] for layer in learnt], "SRLoRA layers")
+    always = saved_always(model, layers)
+    known = {id(v) for v in always}
+    others = [v for v in trainable_beside(model, layers) if id(v) not in known]
+    saved = [*always, *others] if include_trainable else always
+    check_finite_variables(saved)
+    of_variables = variable_paths(model)
+    check_paths([of_variables[id(v)] for v in saved], "trainable variables")
     tensors, described = {}, []
-    for layer in layers:
-        if not layer.initialized:
-            raise ValueError(
-                f"The kernel of layer {layer.path!r} was not decomposed yet: "
-                "there is nothing to save. Train first, or call "
-                "`keras_srlora.initialize_factors(model)`."
-            )
-    match_records(layers)
-    for layer in layers:
+    for layer in learnt:
         for name, array in file_format.layer_arrays(layer).items():
-            tensors[f"{layer.path}/{name}"] = array
-        described.append(file_format.describe(layer))
-    others = _other_trainable(model, layers)
-    if include_trainable:
-        check_paths([v.path for v in others], "trainable variables")
-        for variable in others:
-            tensors[f"{TRAINABLE}/{variable.path}"] = _to_numpy(variable)
+            tensors[f"{paths[id(layer)]}/{name}"] = array
+        described.append(
+            {**file_format.describe(layer), "path": paths[id(layer)]}
+        )
+    for variable in saved:
+        path = of_variables[id(variable)]
+        tensors[f"{TRAINABLE}/{path}"] = to_numpy(variable)
     metadata = {"keras_srlora": __version__, "layers": described}
     tensors_file.write(filepath, tensors, metadata, KIND)
     if others and not include_trainable:
@@ -86,8 +108,10 @@ def load_adapter(model: keras.Model, filepath) -> list:
     """Puts a saved adapter onto the pretrained model that it was trained on.
 
     The layers that the file names are converted where they are plain ones, as
-    `enable_srlora` does; training can go on from there. Everything is checked
-    before anything is changed.
+    `enable_srlora` does; training can go on from there. An adapter that the
+    model has is replaced: SRLoRA layers that the file does not name compute
+    what they did before SRLoRA. Everything is checked before anything is
+    changed.
 
     Args:
         model: a built `keras.Model` of the same pretrained weights: plain, or
@@ -95,7 +119,7 @@ def load_adapter(model: keras.Model, filepath) -> list:
         filepath: path of a file that `save_adapter` wrote.
 
     Returns:
-        List of the SRLoRA layers.
+        List of the SRLoRA layers that the file names.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -111,9 +135,37 @@ def load_adapter(model: keras.Model, filepath) -> list:
     keras_srlora.load_adapter(backbone, "film_reviews.safetensors")
     ```
     """
+    checked = read_for(model, filepath)
+    return put_on(model, *checked)
+
+
+def read_for(model, filepath):
+    """Reads a file that fits a model, whose own adapter can be replaced.
+
+    Returns:
+        `(plans, others)`, as `read_checked` does.
+    """
+    adapted = _adapted(model)
+    for layer in adapted:
+        if not layer.built:
+            check_initializable(layer)
     plans, others = file_format.read_checked(model, filepath)
+    match_records(adapted)
+    named = {id(layer) for layer, _, _ in plans}
+    for layer in adapted:
+        if id(layer) not in named:
+            # Its pretrained kernel comes back.
+            check_record(layer)
+    return plans, others
+
+
+def put_on(model, plans, others):
+    """Makes a checked adapter that of a model, in place of the one it has.
+
+    Returns:
+        List of the SRLoRA layers that it names.
+    """
     plain = [(layer, saved) for layer, saved, _ in plans if is_plain(layer)]
-    match_records([x for x, _, _ in plans if not is_plain(x)])
     convert_plain(
         model,
         [layer for layer, _ in plain],
@@ -121,67 +173,35 @@ def load_adapter(model: keras.Model, filepath) -> list:
         # What was trained there is trained on here.
         trained=[variable for variable, _ in others],
     )
+    named = [layer for layer, _, _ in plans]
+    holders = Holders(model, named)
     for layer, saved, arrays in plans:
-        layer.recipe = get_recipe(saved["recipe"])
         a, b = (arrays[name] for name in FACTORS)
+        arguments = file_format.adapter_arguments(saved)
         record = file_format.record_of(arrays)
-        pairs.restore_adapter(layer, a, b, saved["lora_alpha"], record)
+        pairs.restore_adapter(layer, a, b, arguments, record)
+    known = set(map(id, named))
+    for layer in _adapted(model):
+        if id(layer) not in known:
+            clear(layer)
     for variable, array in others:
         variable.assign(array)
-    keras_private.drop_compiled_functions(model)
-    return [layer for layer, _, _ in plans]
+    holders.follow()
+    return named
 
 
-@contextlib.contextmanager
-def adapter_disabled(model: keras.Model):
-    """Inside the `with` block the SRLoRA layers compute what they did before.
+def clear(layer):
+    """Makes a layer compute its pretrained kernel, with nothing learnt."""
+    pairs.disable_adapter(layer)
+    layer.companions.restore({})
 
-    Their kernels are the pretrained ones, to rounding, and their low-rank part
-    is zero; afterwards, also after an exception, everything is put back to the
-    bit. Other trained variables (a head, biases) are left as they are. For
-    inference: do not train inside.
 
-    Args:
-        model: a `keras.Model` with SRLoRA layers.
-
-    Example:
-
-    ```python
-    with keras_srlora.adapter_disabled(model):
-        pretrained_logits = model.predict(x)
-    ```
-    """
-    layers = srlora_layers(model)
-    match_records(layers)
-    variables = [
-        variable
-        for layer in layers
-        for variable in (*layer.frozen.variables, *layer.factors)
+def _adapted(model):
+    return [
+        layer
+        for layer in keras_private.flatten_layers(model)
+        if isinstance(layer, SRLoRALayer)
     ]
-    # On the host: no second copy of the kernels on an accelerator.
-    kept = [
-        np.array(devices.to_numpy(ops.convert_to_tensor(v))) for v in variables
-    ]
-    stored = [layer.frozen.to_arrays() for layer in layers]
-    try:
-        for layer in layers:
-            pairs.disable_adapter(layer)
-        yield model
-    finally:
-        for variable, value in zip(variables, kept):
-            variable.assign(value)
-        for layer, arrays in zip(layers, stored):
-            layer.frozen.from_arrays(arrays)
-
-
-def _to_numpy(variable):
-    value = ops.cast(ops.convert_to_tensor(variable), "float32")
-    return np.array(devices.to_numpy(value))
-
-
-def _other_trainable(model, layers):
-    factors = {id(v) for layer in layers for v in layer.factors}
-    return [v for v in model.trainable_variables if id(v) not in factors]
 
 
 def _warn_left_out(variables):

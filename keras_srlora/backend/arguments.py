@@ -11,6 +11,17 @@ def is_integer(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a number of Python's or of NumPy's; a bool is none."""
+    real = (int, float, np.integer, np.floating)
+    return isinstance(value, real) and not isinstance(value, bool)
+
+
+def as_python_number(value: object):
+    """A number of NumPy's as one of Python's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_count(name: str, value: Any, what: str, optional: bool = False):
     """Returns a positive whole number as an `int`; `None` where allowed.
 
@@ -40,8 +51,8 @@ def check_choice(name, value, choices):
 
 
 def check_fraction(name, value, low_open, high_open):
-    """Raises unless `value` is a number from 0 to 1 (ends open as said)."""
-    number = isinstance(value, (int, float, np.floating, np.integer))
+    """Returns a number from 0 to 1 (ends open as said) as a `float`."""
+    number = is_number(value)
     above = number and (value > 0 if low_open else value >= 0)
     below = number and (value < 1 if high_open else value <= 1)
     if not (above and below):
@@ -50,6 +61,7 @@ def check_fraction(name, value, low_open, high_open):
             f"`{name}` must be a number in {interval}. "
             f"Received: {name}={value!r}"
         )
+    return float(value)
 
 
 def check_paths(paths, what):

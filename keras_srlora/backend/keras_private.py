@@ -37,6 +37,18 @@ def unique_name(class_name):
     return prefix if count == 1 else f"{prefix}_{count - 1}"
 
 
+def automatic_name(layer):
+    """The name that Keras gives a layer without one, or `None`.
+
+    `"bert_backbone"` where the layer's is that or `"bert_backbone_2"`, say.
+    Keras's own function, `keras.src.utils.naming.to_snake_case`, is private.
+    """
+    name = re.sub(r"\W+", "", type(layer).__name__)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    name = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+    return name if re.fullmatch(rf"{name}(_\d+)?", layer.name) else None
+
+
 def config_lists_layers(layer):
     """Whether the config of a layer has those of all layers inside of it.
 
@@ -49,12 +61,12 @@ def config_lists_layers(layer):
     )
 
 
-def own_variables(layer):
-    """The trainable variables of a layer itself, without its sublayers'.
+def variables_held(layer):
+    """The variables that a layer itself holds, without its sublayers'.
 
-    Private: `Layer._trainable_variables`.
+    Private: `Layer._trainable_variables`, `Layer._non_trainable_variables`.
     """
-    return layer._trainable_variables
+    return layer._trainable_variables + layer._non_trainable_variables
 
 
 @contextlib.contextmanager
@@ -237,14 +249,6 @@ def replace_quantized_kernel(layer, kernel):
     layer._kernel.assign(kernel)
 
 
-def is_part_of_another_model(model):
-    """Whether the model was called as a layer of another functional model.
-
-    Private: `Operation._inbound_nodes`.
-    """
-    return bool(model._inbound_nodes)
-
-
 def output_layers(model):
     """The layers that make a model's outputs; none of a subclassed model.
 
@@ -326,18 +330,6 @@ def is_stock_optimizer(optimizer):
     return type(optimizer).__module__.startswith("keras.")
 
 
-def drop_compiled_functions(model):
-    """Makes the model trace its functions anew the next time.
-
-    `Model.compile` sets the same three attributes to `None`. Their names are
-    public (`Model.train_function`), setting them is not documented.
-    """
-    model.train_function = None
-    model.test_function = None
-    model.predict_function = None
-    keep_training(model, None)
-
-
 def exchange_train_function(model, function):
     """Gives a model another train function, and returns the one it had.
 
@@ -381,3 +373,24 @@ def refresh_torch_parameters(model):
         return
     for layer in flatten_layers(model):
         layer._track_variables()
+
+
+def builds_when_called(layer):
+    """Whether a layer has no `build` that makes what is inside of it.
+
+    Keras then builds it by a symbolic call. A model is built from its config.
+    Private: the mark that `keras.src.utils.python_utils.default` leaves.
+    """
+    default = getattr(layer.build, "_is_default", False)
+    return default and not isinstance(layer, keras.Model)
+
+
+def in_symbolic_call():
+    """Whether the code runs in the symbolic call of a layer.
+
+    Variables that are made in there have no values until it ends. Keras exports
+    the scope, `keras.StatelessScope`, but not the question.
+    """
+    from keras.src.backend.common import stateless_scope
+
+    return stateless_scope.in_stateless_scope()

@@ -13,6 +13,8 @@ import keras
 
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.keras_private import inside
+from keras_srlora.conversion.freezing import set_trainable_flags
+from keras_srlora.conversion.freezing import trainable_flags
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.kinds import ADAPTED
@@ -20,11 +22,16 @@ from keras_srlora.layers.kinds import PLAIN
 from keras_srlora.recipes.definition import get_recipe
 
 
-def convert_layers(model, layers, arguments):
-    """Converts plain layers inside a model, with a dict of arguments for each.
+def convert_layers(containers, layers, arguments):
+    """Converts plain layers, with a dict of arguments for each.
 
     Layers that are converted already stay as they are. The kernels are not
     decomposed yet.
+
+    Args:
+        containers: list of everything that one of the layers may be inside of.
+        layers: list of layers.
+        arguments: list of dicts, one for each layer.
     """
     for layer, of_layer in zip(layers, arguments):
         if type(layer) in ADAPTED:
@@ -32,20 +39,18 @@ def convert_layers(model, layers, arguments):
             layer.set_arguments(**of_layer)
             add_factors(layer)
     targets = set(map(id, layers))
-    for container in keras_private.flatten_layers(model):
+    for container in containers:
         if _makes_its_layers(container) and inside(container) & targets:
             container.__class__ = _converted_class(type(container))
-    keras_private.refresh_torch_parameters(model)
 
 
-def restore_plain_classes(model, layers):
+def restore_plain_classes(containers, layers):
     """Makes merged layers, and what they are inside of, plain again."""
     for layer in layers:
         layer.__class__ = PLAIN[type(layer)]
-    for container in keras_private.flatten_layers(model):
+    for container in containers:
         if isinstance(container, Converted) and not _adapted(container):
             container.__class__ = container.plain_class
-    keras_private.refresh_torch_parameters(model)
 
 
 def _adapted(container):
@@ -75,49 +80,51 @@ class Converted:
             self.__class__ = converted
         # The converted object is compiled, by its own part of the file.
         plain.pop("compile_config", None)
+        if keras_private.builds_when_called(self):
+            plain.pop("build_config", None)
         return {
             "plain": plain,
             "adapted": [
                 {"place": place, "arguments": layer.get_arguments()}
                 for place, layer in _adapted(self).items()
             ],
-            "trainable": _trainable_flags(self),
+            "trainable": trainable_flags(self),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Makes the plain object, and converts what is inside of it."""
+        """Makes the plain object, and converts what is inside of it.
+
+        A layer without a `build` makes what is inside of it when it is called:
+        it is converted then.
+        """
         container = keras.saving.deserialize_keras_object(
             config["plain"], custom_objects=custom_objects
         )
-        layers = keras_private.flatten_layers(container)
-        found = {
-            saved["place"]: saved["arguments"] for saved in config["adapted"]
-        }
-        for place in found:
-            if not (
-                place < len(layers)
-                and type(layers[place]) in {**ADAPTED, **PLAIN}
-                and layers[place].built
-            ):
-                raise ValueError(
-                    f"Layer {container.name!r} ({type(container).__name__}) "
-                    "was saved with SRLoRA layers inside of it that its class "
-                    "does not make, or not before it is called: the class is "
-                    f"another one than at saving. Received: {found[place]} for "
-                    f"number {place} of {len(layers)} layers"
-                )
-        # What is inside may have been saved as converted by itself.
-        convert_layers(
-            container,
-            [layers[place] for place in found],
-            [
-                {**arguments, "recipe": get_recipe(arguments["recipe"])}
-                for arguments in found.values()
-            ],
-        )
-        _set_trainable_flags(container, config["trainable"])
+        is_built = isinstance(container, keras.Model) and container.built
+        if is_built or not _missing(container, config):
+            _convert_as_saved(container, config)
+        else:
+            container.__class__ = _awaiting_class(type(container))
+            vars(container)[AWAITED] = config
         return container
+
+    def get_build_config(self):
+        """Nothing for a layer without a `build`, which Keras warns of."""
+        if keras_private.builds_when_called(self):
+            return None
+        return super().get_build_config()
+
+    def save_to_preset(self, preset_dir, *args, **kwargs):
+        """Not available: KerasHub reads no file of a converted model."""
+        raise ValueError(
+            f"Model {self.name!r} holds SRLoRA layers, which "
+            "`from_preset` cannot make. Keep the adapter with "
+            "`keras_srlora.save_adapter(model, filepath)`, to be loaded onto "
+            "the preset that it was trained on, or call "
+            "`keras_srlora.merge_srlora(model)` first and save the whole "
+            f"model. Received: preset_dir={str(preset_dir)!r}"
+        )
 
     def compile_from_config(self, config):
         """Compiles and builds the optimizer, whose state comes next.
@@ -130,12 +137,88 @@ class Converted:
             self.optimizer.build(self.trainable_variables)
 
 
+class Awaiting(Converted):
+    """Mixin of a container that is to be converted when it is first called."""
+
+    def __call__(self, *args, **kwargs):
+        outputs = super().__call__(*args, **kwargs)
+        # Inside of the symbolic call of an outer layer nothing is built yet.
+        if not keras_private.in_symbolic_call():
+            _convert_as_saved(self, vars(self)[AWAITED])
+        return outputs
+
+    def get_config(self):
+        """That of the file: nothing that it lists has been made."""
+        return vars(self)[AWAITED]
+
+
+AWAITED = "_srlora_awaited"
+
+
+def _convert_as_saved(container, config):
+    """Converts what the config of a `Converted` lists."""
+    missing = _missing(container, config)
+    if missing:
+        raise ValueError(
+            f"Layer {container.name!r} was saved with SRLoRA layers inside of "
+            "it that it does not have now: either its class is another one "
+            "than at saving, or calling it does not build them. Make the "
+            "model with its own code instead, from the pretrained weights, "
+            "and put onto it what `keras_srlora.save_adapter` wrote: "
+            "`keras_srlora.load_adapter(model, filepath)`. Received: "
+            f"{missing} of the layers inside of a "
+            f"{type(container).__name__}"
+        )
+    layers = keras_private.flatten_layers(container)
+    for layer in layers:
+        if isinstance(layer, Awaiting):
+            del vars(layer)[AWAITED]
+            layer.__class__ = _converted_class(layer.plain_class)
+    # What is inside may have been saved as converted by itself.
+    convert_layers(
+        layers,
+        [layers[saved["place"]] for saved in config["adapted"]],
+        [
+            {
+                **saved["arguments"],
+                "recipe": get_recipe(saved["arguments"]["recipe"]),
+            }
+            for saved in config["adapted"]
+        ],
+    )
+    keras_private.refresh_torch_parameters(container)
+    set_trainable_flags(container, config["trainable"])
+
+
+def _missing(container, config):
+    """Descriptions of the layers in a config that a container has not."""
+    layers = keras_private.flatten_layers(container)
+    return [
+        f"number {saved['place']} of {len(layers)} ({saved['arguments']})"
+        for saved in config["adapted"]
+        if not (
+            saved["place"] < len(layers)
+            and type(layers[saved["place"]]) in {**ADAPTED, **PLAIN}
+            and layers[saved["place"]].built
+        )
+    ]
+
+
 @functools.cache
 def _converted_class(plain):
+    return _subclass(Converted, plain)
+
+
+@functools.cache
+def _awaiting_class(plain):
+    return _subclass(Awaiting, getattr(plain, "plain_class", plain))
+
+
+def _subclass(mixin, plain):
     converted = type(
         # Weights files name the layers of a functional model after classes.
         plain.__name__,
-        (Converted, plain),
+        (mixin, plain),
         {"plain_class": plain, "__module__": __name__},
     )
     # All of them are read by the same function. The last to be registered is
@@ -150,26 +233,3 @@ _register = keras.saving.register_keras_serializable(
     "keras_srlora", "Converted"
 )
 _register(Converted)
-
-
-def _trainable_flags(container):
-    """`[[of the layer, [of its own variables]], ...]`, as 0 and 1."""
-    return [
-        [
-            int(layer.trainable),
-            [int(v.trainable) for v in keras_private.own_variables(layer)],
-        ]
-        for layer in keras_private.flatten_layers(container)
-    ]
-
-
-def _set_trainable_flags(container, flags):
-    layers = keras_private.flatten_layers(container)
-    # An outer layer comes first, and sets those inside of it.
-    for layer, (flag, _) in zip(layers, flags):
-        if layer.trainable != bool(flag):
-            layer.trainable = bool(flag)
-    for layer, (_, own) in zip(layers, flags):
-        for variable, flag in zip(keras_private.own_variables(layer), own):
-            if variable.trainable != bool(flag):
-                variable.trainable = bool(flag)

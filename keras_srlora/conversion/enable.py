@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import keras
 
 from keras_srlora.backend import keras_private
@@ -11,15 +9,21 @@ from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.progress import check_verbose
 from keras_srlora.conversion.containers import convert_layers
 from keras_srlora.conversion.freezing import freeze_base
+from keras_srlora.conversion.holders import Holders
+from keras_srlora.conversion.targets import bias_of
+from keras_srlora.conversion.targets import check_model
 from keras_srlora.conversion.targets import find_biases
-from keras_srlora.conversion.targets import find_ranks
+from keras_srlora.conversion.targets import find_by_pattern
+from keras_srlora.conversion.targets import find_modules
 from keras_srlora.conversion.targets import find_targets
 from keras_srlora.conversion.targets import refuse_converted
+from keras_srlora.conversion.targets import refuse_shared_kernels
 from keras_srlora.files.directions import open_directions
 from keras_srlora.functional.contraction import as_matrix
 from keras_srlora.layers.find import decompose_kernels
 from keras_srlora.layers.frozen import float_kernel
 from keras_srlora.layers.kinds import ADAPTED
+from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.placement import warn_of_whole_factors
 from keras_srlora.layers.requirements import check_arguments
 from keras_srlora.layers.requirements import check_finite_kernel
@@ -41,17 +45,29 @@ def enable_srlora(
     decomposition: str = "auto",
     exclude_layer_names: list[str] | tuple = (),
     rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    use_rslora: bool = False,
     bias: str = "none",
+    modules_to_save: list[str] | tuple | None = None,
     directions=None,
     verbose="auto",
 ) -> list:
     """Converts the projections of a built model to SRLoRA layers, in place.
 
     The layers keep their names, paths and places; their kernels are decomposed
-    now. Afterwards exactly the factors are trainable, the biases that `bias`
-    says, and the head where there is one: of a KerasHub task, everything
-    outside of its `backbone`; of a model of your own, the layers that make its
-    outputs. `keras_srlora.print_trainable_parameters(model)` counts them.
+    now. Afterwards exactly these are trainable: the factors, whatever was
+    frozen before; the biases that `bias` names; the layers in
+    `modules_to_save`; and the head where there is one, unless it was frozen. Of
+    a KerasHub task the head is everything outside of its `backbone`; of another
+    model, what comes behind the last block with projections and is no block, or
+    without blocks the last layer with a kernel. A subclassed model is read by
+    the order of its attributes, with a warning that names what stays trainable
+    and what is frozen. `keras_srlora.print_trainable_parameters(model)` counts.
+
+    What is frozen here stays so: `model.trainable = False` and then `True`
+    gives back what was trainable before. To train a pretrained layer whole,
+    name it in `modules_to_save`; after `merge_srlora`, `model.trainable = True`
+    thaws everything.
 
     A model that was compiled before must be compiled again.
 
@@ -63,11 +79,11 @@ def enable_srlora(
         lora_alpha: number, or `None` for `rank`. Scale `lora_alpha / rank`.
         target_layer_names: list of strings: names of layers, or regular
             expressions that match a whole path. `None`: all projections
-            (`Dense`, `EinsumDense`) inside of composite layers, which in a
-            transformer are those of attention and feed-forward; in a model that
-            has none there, all `Dense` and `EinsumDense` layers but those that
-            make its outputs. Kernels to a single number, such as the gate of a
-            shared expert, and layers that the model never calls are left out.
+            (`Dense`, `EinsumDense`) of attention and feed-forward: those inside
+            of composite layers, and those beside attention layers; in a model
+            that has none of these, all `Dense` and `EinsumDense` layers but the
+            head. Kernels to a single number, such as the gate of a shared
+            expert, and layers that the model never calls are left out.
         recipe: `"adaptive"` (LoRA that recomposes in long runs),
             `"lora_restarts"` (in short ones too), `"paper"` (SRLoRA as
             published) or a `Recipe`: how pairs start, which are fused, along
@@ -79,10 +95,17 @@ def enable_srlora(
             rank is not `rank`; the first that matches a layer holds, as in
             PEFT. Their `target_rank` and `lora_alpha`, where these are `None`,
             follow their own rank.
+        alpha_pattern: dict from names or expressions to numbers, likewise for
+            layers whose `lora_alpha` is another one.
+        use_rslora: bool. Whether the scale is `lora_alpha / sqrt(rank)`, as
+            rank-stabilized LoRA (arXiv 2312.03732) has it. Defaults to `False`.
         bias: which biases of the pretrained part are trained, as in PEFT:
             `"none"`, `"srlora_only"` (of the converted layers) or `"all"`
             (normalization layers' `beta`, too; a `.keras` file of a functional
             model does not say which variables of a plain layer are frozen).
+        modules_to_save: list of strings, as in `target_layer_names`: layers
+            that are trained whole, a new embedding for example, and that
+            `save_adapter` always saves. Defaults to none.
         directions: path of a file, such as `"bert.directions.safetensors"`,
             that keeps what was decomposed: what it holds of these kernels is
             read instead of decomposed, to the bit, and the rest is added. The
@@ -98,8 +121,9 @@ def enable_srlora(
         ValueError: before anything is changed, if a name or expression matches
             nothing or a layer of another class, the model is not built, a layer
             was converted before or has Keras's LoRA, a rank is above the
-            smaller side of a kernel, an equation is not one contraction, or a
-            kernel has entries that are not finite. The message names the layer.
+            smaller side of a kernel, an equation is not one contraction, a
+            kernel has entries that are not finite, or another layer holds the
+            same kernel variable. The message names the layer.
             Likewise if the file of `directions` is damaged or of another kind,
             or two of the layers have the same path there.
 
@@ -110,27 +134,44 @@ def enable_srlora(
     keras_srlora.enable_srlora(backbone, rank=8, target_rank=64)
     ```
     """
-    check_arguments(rank, target_rank, lora_alpha, decomposition)
+    check_arguments(rank, target_rank, lora_alpha, decomposition, use_rslora)
     check_choice("bias", bias, BIASES)
     check_verbose(verbose)
-    layers = find_targets(model, target_layer_names, exclude_layer_names)
-    ranks = find_ranks(model, layers, rank, rank_pattern)
+    check_model(model)
+    modules = find_modules(
+        model, () if modules_to_save is None else modules_to_save
+    )
+    layers = find_targets(
+        model, target_layer_names, exclude_layer_names, modules
+    )
+    patterns = {
+        "rank": find_by_pattern(
+            model, layers, "rank_pattern", rank_pattern, rank
+        ),
+        "lora_alpha": find_by_pattern(
+            model, layers, "alpha_pattern", alpha_pattern, lora_alpha
+        ),
+    }
+    shared = {
+        "target_rank": target_rank,
+        "recipe": get_recipe(recipe),
+        "decomposition": decomposition,
+        "use_rslora": use_rslora,
+        "modules_to_save": tuple(layer.path for layer in modules),
+    }
     arguments = [
-        {
-            "rank": of_layer,
-            "target_rank": target_rank,
-            "lora_alpha": lora_alpha,
-            "recipe": get_recipe(recipe),
-            "decomposition": decomposition,
-        }
-        for of_layer in ranks
+        {**shared, **dict(zip(patterns, values))}
+        for values in zip(*patterns.values())
     ]
-    for layer, of_layer in zip(layers, ranks):
-        check_arguments(of_layer, target_rank, lora_alpha, decomposition)
-        check_convertible(layer, of_layer)
+    for layer, of_layer in zip(layers, arguments):
+        check_arguments(
+            of_layer["rank"], target_rank, of_layer["lora_alpha"], decomposition
+        )
+        check_convertible(layer, of_layer["rank"])
     biases = find_biases(model, layers, bias)
-    with open_directions(directions, layers) as file:
-        convert_plain(model, layers, arguments, trained=biases)
+    paths = layer_paths(model)
+    with open_directions(directions, layers, paths) as file:
+        convert_plain(model, layers, arguments, biases, modules)
         decompose_kernels(layers, file=file, verbose=verbose)
     return layers
 
@@ -167,36 +208,28 @@ def check_convertible(layer, rank):
     check_finite_kernel(float_kernel(layer), path)
 
 
-def _warn_of_outer_model(model):
-    if keras_private.is_part_of_another_model(model):
-        warnings.warn(
-            f"Model {model.name!r} is already a part of another model, whose "
-            "compiled functions cannot be reached from here. If that model was "
-            "used before (predict, evaluate, fit), call its `compile` again, "
-            "or convert it instead: `enable_srlora(outer_model)`.",
-            stacklevel=3,
-        )
-
-
 def plain_matrix(layer):
     """The kernel of a plain layer as a matrix of shape `(in, out)`."""
     plan = ADAPTED[type(layer)].read_plan(layer)
     return as_matrix(float_kernel(layer), plan)
 
 
-def convert_plain(model, layers, arguments, trained=()):
+def convert_plain(model, layers, arguments, trained=(), modules=()):
     """Converts checked plain layers, with a dict of arguments for each.
 
     Their kernels are not decomposed yet. Everything else that is pretrained is
-    frozen, but for the variables in `trained`.
+    frozen, but for the variables in `trained` and the layers in `modules`.
     """
-    _warn_of_outer_model(model)
-    freeze_base(model, layers, trained)
+    if not layers:
+        return
+    refuse_shared_kernels(model, layers)
+    holders = Holders(model, layers)
+    freeze_base(model, layers, trained, modules)
     trained = {id(variable) for variable in trained}
     arguments = [
-        {**of_layer, "train_bias": id(layer.bias) in trained}
+        {**of_layer, "train_bias": id(bias_of(layer)) in trained}
         for layer, of_layer in zip(layers, arguments)
     ]
-    convert_layers(model, layers, arguments)
+    convert_layers(holders.containers(), layers, arguments)
     warn_of_whole_factors(layers)
-    keras_private.drop_compiled_functions(model)
+    holders.follow()

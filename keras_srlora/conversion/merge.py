@@ -2,11 +2,15 @@
 
 import keras
 
-from keras_srlora.backend import keras_private
 from keras_srlora.conversion.containers import restore_plain_classes
+from keras_srlora.conversion.freezing import release
+from keras_srlora.conversion.holders import Holders
+from keras_srlora.layers import pairs
 from keras_srlora.layers.factors import remove_factors
 from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.finite import check_finite_update
 from keras_srlora.layers.requirements import check_initializable
+from keras_srlora.layers.switched_off import check_switched_on
 
 
 def merge_srlora(model: keras.Model) -> list:
@@ -15,8 +19,12 @@ def merge_srlora(model: keras.Model) -> list:
     The kernel becomes the effective kernel, so that the outputs stay; factors,
     directions and record are dropped. Kernel and bias of these layers are
     trainable again; what else `enable_srlora` froze stays so until
-    `model.trainable = True`. A compiled model gets its optimizer anew, at step
-    0 and without moments.
+    `model.trainable = True`. `unload_srlora` gives the pretrained kernels back
+    instead.
+
+    Other models that hold these layers follow: they compute the merged layers,
+    too. The optimizers of all of them, where they were built, start anew, at
+    step 0 and without moments.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -25,7 +33,9 @@ def merge_srlora(model: keras.Model) -> list:
         List of the merged layers, plain `Dense` and `EinsumDense`.
 
     Raises:
-        ValueError: if there is no SRLoRA layer, or one is not built.
+        ValueError: before anything is changed, if there is no SRLoRA layer, one
+            is not built, factors or their product are not finite, or inside of
+            `adapter_disabled`.
 
     Example:
 
@@ -38,18 +48,19 @@ def merge_srlora(model: keras.Model) -> list:
     for layer in layers:
         if not layer.built:
             check_initializable(layer)
+    check_switched_on(layers)
+    check_finite_update(layers)
+    holders = Holders(model, layers)
     for layer in layers:
-        remove_factors(layer)
-    restore_plain_classes(model, layers)
-    keras_private.drop_compiled_functions(model)
-    _renew_optimizer(model)
+        layer.frozen.merge(layer, pairs.effective_matrix(layer))
+    make_plain(holders, layers)
     return layers
 
 
-def _renew_optimizer(model):
-    """The old one has slots of variables that are gone, and would save them."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None:
-        config = keras.saving.serialize_keras_object(optimizer)
-        model.optimizer = keras.saving.deserialize_keras_object(config)
-        model.optimizer.build(model.trainable_variables)
+def make_plain(holders, layers):
+    """Makes plain layers of those whose kernels have their final values."""
+    for layer in layers:
+        remove_factors(layer)
+    restore_plain_classes(holders.containers(), layers)
+    release(holders.models)
+    holders.follow()

@@ -5,6 +5,7 @@ import math
 import keras
 
 from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.requirements import check_built
 
 
 def print_trainable_parameters(model: keras.Model) -> None:
@@ -19,7 +20,7 @@ def print_trainable_parameters(model: keras.Model) -> None:
         model: a `keras.Model` with SRLoRA layers.
 
     Raises:
-        ValueError: if there is no SRLoRA layer.
+        ValueError: if there is no SRLoRA layer, or one is not built.
 
     Example:
 
@@ -29,6 +30,8 @@ def print_trainable_parameters(model: keras.Model) -> None:
     ```
     """
     layers = srlora_layers(model)
+    for layer in layers:
+        check_built(layer)
     trainable = _count(model.trainable_variables)
     everything = _count(model.variables)
     factors = _count(v for layer in layers for v in layer.factors)

@@ -6,16 +6,52 @@ import re
 import keras
 
 from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_graph import read_graph
+from keras_srlora.backend.keras_private import inside
+from keras_srlora.conversion.blocks import DEFAULT
+from keras_srlora.conversion.blocks import pretrained_projections
 from keras_srlora.layers.kinds import ADAPTED
 from keras_srlora.layers.kinds import PLAIN
-
-DEFAULT = tuple(
-    plain for plain, adapted in ADAPTED.items() if adapted.converted_by_default
-)
+from keras_srlora.layers.paths import layer_paths
 
 
-def find_targets(model, names, excluded=()):
-    """The layers to convert, ordered by their paths."""
+def find_targets(model, names, excluded=(), modules=()):
+    """The layers to convert, ordered by their paths.
+
+    Args:
+        model: the argument of `enable_srlora`, like the next two.
+        names: `target_layer_names`.
+        excluded: `exclude_layer_names`.
+        modules: list of the layers that are trained whole.
+    """
+    everything = keras_private.flatten_layers(model)
+    whole = {i for layer in modules for i in inside(layer)}
+    if names is None:
+        targets = _default_targets(model, everything)
+        targets = [x for x in targets if id(x) not in whole]
+    else:
+        targets = _named_targets(model, everything, names)
+        _refuse_whole(targets, whole)
+    _check_names("exclude_layer_names", excluded)
+    left_out = set()
+    for name in excluded:
+        matched = _matched(model, everything, name)
+        if not matched:
+            _refuse_name("exclude_layer_names", model, everything, name)
+        left_out.update(map(id, matched))
+    kept = [layer for layer in targets if id(layer) not in left_out]
+    if not kept:
+        raise ValueError(
+            "`exclude_layer_names` and `modules_to_save` leave nothing of the "
+            f"layers to convert in model {model.name!r}. Received: "
+            f"exclude_layer_names={excluded!r}, "
+            f"modules_to_save={[layer.path for layer in modules]}"
+        )
+    return sorted(kept, key=lambda layer: layer.path or layer.name)
+
+
+def check_model(model):
+    """Raises where a model has no kernels yet."""
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"`model` must be a `keras.Model`. Received: {type(model)}"
@@ -25,96 +61,71 @@ def find_targets(model, names, excluded=()):
             f"Model {model.name!r} is not built, so it has no kernels to "
             "decompose. Call it on a batch, or `model.build(input_shape)`."
         )
+
+
+def find_modules(model, names):
+    """The layers that `modules_to_save` names, to be trained whole."""
+    _check_names("modules_to_save", names)
     everything = keras_private.flatten_layers(model)
-    if names is None:
-        targets = _default_targets(model, everything)
-        if not targets:
-            refuse_converted(everything)
-            classes = sorted({type(layer).__name__ for layer in everything})
-            raise ValueError(
-                f"Model {model.name!r} has no `Dense` or `EinsumDense` layer "
-                "to convert: there is none inside of a composite layer and "
-                "none but those that make its outputs. Name the layers to "
-                "convert in `target_layer_names`. Received: layers of the "
-                f"classes {classes}"
-            )
-    else:
-        targets = _named_targets(model, everything, names)
-    _check_names("exclude_layer_names", excluded)
-    left_out = set()
-    for name in excluded:
-        matched = _matched(everything, name)
+    found = {}
+    for name in names:
+        matched = [x for x in _matched(model, everything, name) if x.weights]
         if not matched:
-            _refuse_name("exclude_layer_names", model, everything, name)
-        left_out.update(map(id, matched))
-    kept = [layer for layer in targets if id(layer) not in left_out]
-    if not kept:
-        raise ValueError(
-            f"`exclude_layer_names` leaves nothing of the {len(targets)} "
-            f"layers to convert in model {model.name!r}. "
-            f"Received: exclude_layer_names={excluded!r}"
-        )
-    _refuse_read_kernels(everything, kept)
-    return sorted(kept, key=lambda layer: layer.path or layer.name)
+            _refuse_name("modules_to_save", model, everything, name)
+        found.update((id(layer), layer) for layer in matched)
+    for layer in found.values():
+        for part in keras_private.flatten_layers(layer):
+            if type(part) in PLAIN:
+                raise ValueError(
+                    f"`modules_to_save` names layer {layer.path!r}, in which "
+                    f"{part.path!r} is an SRLoRA layer: it cannot be trained "
+                    "whole as well. Call `keras_srlora.merge_srlora` first, or "
+                    f"name other layers. Received: modules_to_save={names!r}"
+                )
+    return list(found.values())
 
 
 def _default_targets(model, everything):
-    projections = [
-        x for x in everything if type(x) in DEFAULT and _is_matrix(x)
-    ]
-    first_level = {
-        id(layer)
-        for container in everything
-        if isinstance(container, keras.Model)
-        for layer in container.layers
-    }
-    deeper = [x for x in projections if id(x) not in first_level]
-    if deeper:
-        return deeper
-    head = {id(layer) for layer in keras_private.output_layers(model)}
-    if not head:
+    pretrained = pretrained_projections(model)
+    targets = [x for x in pretrained if type(x) in DEFAULT]
+    if targets:
+        return targets
+    refuse_converted(everything)
+    if read_graph(model) is None:
         raise ValueError(
             f"Model {model.name!r} is a subclassed model, which does not say "
             "which of its layers make its outputs. Name the layers to convert "
             "in `target_layer_names`."
         )
-    return [x for x in projections if id(x) not in head]
+    classes = sorted({type(layer).__name__ for layer in everything})
+    raise ValueError(
+        f"Model {model.name!r} has no `Dense` or `EinsumDense` layer to "
+        "convert: there is none inside of a composite layer and none but those "
+        "that make its outputs. Name the layers to convert in "
+        f"`target_layer_names`. Received: layers of the classes {classes}"
+    )
 
 
-def _is_matrix(layer):
-    """Whether a plain layer has a kernel whose rank can be lowered.
-
-    One that the model never calls has none at all.
-    """
-    if not layer.built:
-        return False
-    shape = keras_private.kernel_shape(layer)
-    return not (type(layer) is keras.layers.Dense and 1 in shape)
-
-
-def _refuse_read_kernels(everything, targets):
-    """KerasHub's Gemma 4 multiplies by some kernels itself, not by a call."""
-    names = ("gating_ffw", "gating_ffw_2", "ffw_linear", "dense")
-    read = {
-        id(getattr(container, name, None))
-        for container in everything
-        if ".gemma4." in type(container).__module__
-        for name in names
-    }
-    found = sorted({x.name for x in targets if id(x) in read})
-    if found:
-        raise ValueError(
-            "KerasHub's Gemma 4 multiplies by the kernels of some layers "
-            "itself, where the factors would be left out. Pass "
-            f"`exclude_layer_names={found}`."
-        )
+def _refuse_whole(targets, whole):
+    for layer in targets:
+        if id(layer) in whole:
+            raise ValueError(
+                f"Layer {layer.path!r} is named to be converted and, in "
+                "`modules_to_save`, to be trained whole: it can be one of both."
+            )
 
 
 def _named_targets(model, everything, names):
     _check_names("target_layer_names", names)
+    if not list(names):
+        raise ValueError(
+            "`target_layer_names` is empty, so there is nothing to convert. "
+            "Name layers, or pass `None` for all projections. "
+            f"Received: target_layer_names={names!r}"
+        )
     targets = {}
     for name in names:
-        matched = _matched(everything, name)
+        matched = _matched(model, everything, name)
         if not matched:
             _refuse_name("target_layer_names", model, everything, name)
         # An expression may match norms and embeddings on its way; a name
@@ -125,51 +136,71 @@ def _named_targets(model, everything, names):
     return list(targets.values())
 
 
-def _matched(layers, name):
-    """The layers of a name, or whose whole path an expression matches."""
+def _matched(model, layers, name):
+    """The layers of a name, or whose whole path an expression matches.
+
+    Layers that have their path in common with others have another one, too.
+    """
+    paths = layer_paths(model)
     return [
         layer
         for layer in layers
-        if name == layer.name or re.fullmatch(name, layer.path or "")
+        if name == layer.name
+        or re.fullmatch(name, layer.path or "")
+        or re.fullmatch(name, paths[id(layer)])
     ]
 
 
 def _check_names(argument, names):
-    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+    listed = isinstance(names, (list, tuple, set, frozenset, dict))
+    if not listed or not all(isinstance(n, str) and n for n in names):
         raise ValueError(
             f"`{argument}` must be a list of strings. "
             f"Received: {argument}={names!r}"
         )
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(
+                f"`{argument}` has a string that is no regular expression: "
+                f"{error}. A name is one, too; escape its special characters. "
+                f"Received: {name!r}"
+            ) from error
 
 
 def _refuse_name(argument, model, everything, name):
-    known = {x.name: x.path for x in everything if type(x) in ADAPTED}
+    if argument == "modules_to_save":
+        what, fits = "have weights", lambda x: bool(x.weights)
+    else:
+        what, fits = "could be converted", lambda x: type(x) in ADAPTED
+    known = {x.name: x.path for x in everything if fits(x)}
     near = difflib.get_close_matches(name, known) or sorted(known)
     raise ValueError(
         f"`{argument}` matches nothing in model {model.name!r}. There "
-        f"are layers of {len(known)} names that could be converted, such as "
+        f"are layers of {len(known)} names that {what}, such as "
         f"{[(x, known[x]) for x in near[:3]]} (name, path). Received: {name!r}"
     )
 
 
-def find_ranks(model, layers, rank, pattern):
-    """The rank of each layer, by the first name or expression that matches."""
+def find_by_pattern(model, layers, argument, pattern, default):
+    """The value of each layer, by the first name or expression that matches."""
     if pattern is None:
-        return [rank] * len(layers)
+        return [default] * len(layers)
     if not isinstance(pattern, dict):
         raise ValueError(
-            "`rank_pattern` must be a dict from names to ranks. "
-            f"Received: rank_pattern={pattern!r}"
+            f"`{argument}` must be a dict from names to numbers. "
+            f"Received: {argument}={pattern!r}"
         )
-    _check_names("rank_pattern", pattern)
-    ranks = {}
+    _check_names(argument, pattern)
+    values = {}
     for name, of_name in pattern.items():
-        matched = _matched(layers, name)
+        matched = _matched(model, layers, name)
         if not matched:
-            _refuse_name("rank_pattern", model, layers, name)
+            _refuse_name(argument, model, layers, name)
         for layer in matched:
-            ranks.setdefault(id(layer), of_name)
-    return [ranks.get(id(layer), rank) for layer in layers]
+            values.setdefault(id(layer), of_name)
+    return [values.get(id(layer), default) for layer in layers]
 
 
 def find_biases(model, layers, bias):
@@ -177,8 +208,14 @@ def find_biases(model, layers, bias):
     if bias == "none":
         return []
     if bias == "srlora_only":
-        return [layer.bias for layer in layers if layer.bias is not None]
+        biases = map(bias_of, layers)
+        return [bias for bias in biases if bias is not None]
     return [v for v in model.variables if is_bias(v)]
+
+
+def bias_of(layer):
+    """The bias of a layer; `None` of an embedding, which has no such name."""
+    return getattr(layer, "bias", None)
 
 
 def is_bias(variable):
@@ -195,3 +232,24 @@ def refuse_converted(layers):
                 "`enable_srlora` (or is an SRLoRA layer). Call "
                 "`keras_srlora.merge_srlora(model)` first to start anew."
             )
+
+
+def refuse_shared_kernels(model, targets):
+    """Raises where another layer holds the kernel variable of a target.
+
+    It would go on with the frozen kernel alone, and a kernel that it writes is
+    not what was decomposed.
+    """
+    kernels = {id(keras_private.stored_kernel(x)): x for x in targets}
+    for layer in keras_private.flatten_layers(model):
+        for variable in keras_private.variables_held(layer):
+            target = kernels.get(id(variable), layer)
+            if target is not layer:
+                raise ValueError(
+                    f"Layers {target.path!r} and {layer.path!r} "
+                    f"({type(layer).__name__}) hold the same kernel variable; "
+                    "an SRLoRA layer must be the only one that does. Name "
+                    f"{target.path!r} in `exclude_layer_names`, or let the "
+                    "other layer read `layer.kernel` when it is called. "
+                    f"Received: the variable {variable.path!r}"
+                )

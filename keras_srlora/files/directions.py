@@ -32,15 +32,15 @@ FOUND_BY = ("exact", "randomized")
 ROUNDING = 1e-5
 
 
-def open_directions(filepath, layers):
+def open_directions(filepath, layers, paths):
     """A `DirectionsFile` for some layers, or, without a path, `None`.
 
-    For a `with` block.
+    For a `with` block. `paths` are those of `layers.paths.layer_paths`.
     """
     if filepath is None:
         return contextlib.nullcontext()
-    check_paths([layer.path for layer in layers], "layers to decompose")
-    return DirectionsFile(filepath)
+    check_paths([paths[id(layer)] for layer in layers], "layers to decompose")
+    return DirectionsFile(filepath, paths)
 
 
 class DirectionsFile:
@@ -51,6 +51,7 @@ class DirectionsFile:
 
     Args:
         filepath: path of the file, which need not exist.
+        paths: `{id(layer): path}`.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -58,8 +59,9 @@ class DirectionsFile:
             kind.
     """
 
-    def __init__(self, filepath):
+    def __init__(self, filepath, paths):
         self._path = pathlib.Path(filepath)
+        self._paths = paths
         self._open = contextlib.ExitStack()
         self._tensors: Any = {}
         self._saved: dict = {}
@@ -81,8 +83,9 @@ class DirectionsFile:
                     f"exists. Received: directions={str(filepath)!r}"
                 )
 
-    def decompose(self, path, matrix, count, method):
-        """As `_decomposition.decompose`; `path` is that of the layer."""
+    def decompose(self, layer, matrix, count, method):
+        """As `decomposition.decompose`, for the kernel of a layer."""
+        path = self._paths[id(layer)]
         self._wanted += 1
         wanted = _Entry(method, fingerprint(matrix), (count, *matrix.shape))
         if path in self._saved and self._saved[path].serves(wanted):

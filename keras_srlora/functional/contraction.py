@@ -10,6 +10,7 @@ import functools
 import math
 import string
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -100,6 +101,16 @@ def as_rows(x, plan):
 def is_identity(axes):
     """Whether a permutation leaves the order as it is."""
     return tuple(axes) == tuple(range(len(axes)))
+
+
+def matmul(x, y):
+    """The product of two matrices, in their dtype.
+
+    On PyTorch, `keras.ops.matmul` computes float64 in float32.
+    """
+    if keras.backend.standardize_dtype(x.dtype) == "float64":
+        return ops.einsum("ij,jk->ik", x, y)
+    return ops.matmul(x, y)
 
 
 def dense(input_ndim, in_features, out_features):

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_srlora.backend import devices
+from keras_srlora.functional.contraction import matmul
 
 
 def in_full(kernel, remainder=None):
@@ -18,7 +19,7 @@ def in_full(kernel, remainder=None):
         remainder: float32 array of its shape: what rounding to the kernel's
             dtype cut off. `None`: nothing.
     """
-    full = ops.cast(kernel, _full_dtype(kernel))
+    full = ops.cast(kernel, full_dtype(kernel))
     if remainder is None:
         return full
     return ops.add(full, devices.laid_out_as(full, remainder))
@@ -32,7 +33,7 @@ def effective_kernel(kernel, a, b, scale):
     """
     a = devices.along_kernel(kernel, a, 0)
     b = devices.along_kernel(kernel, b, 1)
-    return ops.add(kernel, _product(a, b, scale, _full_dtype(kernel)))
+    return ops.add(kernel, _product(a, b, scale, full_dtype(kernel)))
 
 
 def recompose_pairs(
@@ -53,8 +54,8 @@ def recompose_pairs(
         a: tensor of shape `(rank, in)`.
         b: tensor of shape `(rank, out)`.
         restarted: bool tensor of shape `(rank, 1)`; true in the slots to fuse.
-        fresh_a: float32 tensor of shape `(rank, in)`; zero in the other slots.
-        fresh_b: float32 tensor of shape `(rank, out)`; likewise.
+        fresh_a: tensor of shape `(rank, in)`; zero in the other slots.
+        fresh_b: tensor of shape `(rank, out)`; likewise.
         scale: float. `lora_alpha / rank`.
         remainder: float32 tensor of shape `(in, out)`, or `None`; see
             `in_full`.
@@ -68,7 +69,7 @@ def recompose_pairs(
     new_a = ops.where(restarted, ops.cast(fresh_a, a.dtype), a)
     new_b = ops.where(restarted, ops.cast(fresh_b, b.dtype), b)
     zero = ops.zeros_like(a)
-    dtype = _full_dtype(kernel)
+    dtype = full_dtype(kernel)
     fused = _product(ops.where(restarted, a, zero), b, scale, dtype)
     # `new_a`, not `fresh_a`: rounding to the factors' dtype is subtracted too.
     fresh = _product(ops.where(restarted, new_a, zero), new_b, scale, dtype)
@@ -85,9 +86,10 @@ def relative_change(before, after):
 
 def _product(a, b, scale, dtype):
     a = ops.transpose(ops.cast(a, dtype))
-    return ops.matmul(scale * a, ops.cast(b, dtype))
+    return matmul(scale * a, ops.cast(b, dtype))
 
 
-def _full_dtype(kernel):
+def full_dtype(kernel):
+    """`"float64"` for a kernel that is, otherwise `"float32"`."""
     dtype = keras.backend.standardize_dtype(kernel.dtype)
     return "float64" if dtype == "float64" else "float32"

@@ -6,17 +6,22 @@ Adding and removing factors is in `factors.py`; how a frozen kernel is stored in
 remembers in `record.py`.
 """
 
+import keras
 from keras import ops
 
 from keras_srlora.backend import keras_private
+from keras_srlora.backend import keras_quantization
+from keras_srlora.backend.arguments import as_python_number
 from keras_srlora.functional import contraction
 from keras_srlora.layers import pairs
 from keras_srlora.layers import weights_file
 from keras_srlora.layers.companions import Companions
 from keras_srlora.layers.factors import ARGUMENTS
 from keras_srlora.layers.factors import add_factors
+from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_arguments
+from keras_srlora.layers.requirements import check_built
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.layers.requirements import check_quantization
 from keras_srlora.layers.requirements import check_rank
@@ -54,6 +59,8 @@ class SRLoRALayer:
         recipe="adaptive",
         decomposition="auto",
         train_bias=True,
+        use_rslora=False,
+        modules_to_save=(),
         **kwargs,
     ):
         if kwargs.get("lora_rank") is not None:
@@ -61,7 +68,9 @@ class SRLoRALayer:
                 f"`{type(self).__name__}` takes `rank`, not Keras's "
                 f"`lora_rank`. Received: lora_rank={kwargs['lora_rank']}"
             )
-        check_arguments(rank, target_rank, lora_alpha, decomposition)
+        check_arguments(
+            rank, target_rank, lora_alpha, decomposition, use_rslora
+        )
         recipe = get_recipe(recipe)
         if kwargs.get("name") is None:
             # Keras would make "sr_lo_ra_dense" of the class's name.
@@ -76,19 +85,37 @@ class SRLoRALayer:
                 f"layer {self.name!r}."
             )
         self.set_arguments(
-            rank, target_rank, lora_alpha, recipe, decomposition, train_bias
+            rank,
+            target_rank,
+            lora_alpha,
+            recipe,
+            decomposition,
+            train_bias,
+            use_rslora,
+            modules_to_save,
         )
 
     def set_arguments(
-        self, rank, target_rank, lora_alpha, recipe, decomposition, train_bias
+        self,
+        rank,
+        target_rank,
+        lora_alpha,
+        recipe,
+        decomposition,
+        train_bias,
+        use_rslora=False,
+        modules_to_save=(),
     ):
         """Takes checked arguments, when built or when converted."""
-        self.rank = rank
-        self.target_rank = target_rank
-        self.lora_alpha = lora_alpha
+        # As Python's numbers, which a config in JSON can hold.
+        self.rank = int(rank)
+        self.target_rank = None if target_rank is None else int(target_rank)
+        self.lora_alpha = as_python_number(lora_alpha)
         self.recipe = recipe
         self.decomposition = decomposition
         self.train_bias = train_bias
+        self.use_rslora = use_rslora
+        self.modules_to_save = tuple(modules_to_save)
         self.record = Record()
         self.companions = Companions()
 
@@ -116,10 +143,23 @@ class SRLoRALayer:
     def enable_lora(self, *args, **kwargs):
         """Not available: the layer has its own factors."""
         raise ValueError(
-            f"Layer {self.path or self.name!r} is an SRLoRA layer and has "
-            "factors of its own; Keras's LoRA cannot be enabled beside them. "
-            "Call `keras_srlora.merge_srlora(model)` first."
+            f"Layer {self.path or self.name!r} is an SRLoRA layer, which has "
+            "factors of its own or will have them when it is built; Keras's "
+            "LoRA cannot be enabled beside them. Use a plain layer, or call "
+            "`keras_srlora.merge_srlora(model)` first."
         )
+
+    @property
+    def dtype_policy(self):
+        return super().dtype_policy
+
+    @dtype_policy.setter
+    def dtype_policy(self, policy):
+        # Keras quantizes a built layer that gets the policy of a quantized one.
+        if keras.dtype_policies.get(policy).quantization_mode is not None:
+            if self.built and self.quantization_mode is None:
+                refuse_to_quantize(self)
+        keras_quantization.set_dtype_policy(self, policy)
 
     # The step path.
 
@@ -154,7 +194,7 @@ class SRLoRALayer:
             size = (plan.in_features, plan.out_features)
             if tuple(kernel.shape) != size:
                 kernel = ops.reshape(kernel, size)
-            return arrange(ops.add(ops.matmul(rows, kernel), low_rank))
+            return arrange(ops.add(contraction.matmul(rows, kernel), low_rank))
         # Permuting the kernel in each step would copy it.
         y = ops.einsum(plan.equation, inputs, kernel)
         return ops.add(y, arrange(low_rank))
@@ -162,21 +202,26 @@ class SRLoRALayer:
     def _low_rank(self, rows):
         """What is added to the product with the stored kernel."""
         a, b = self.factors
-        hidden = ops.matmul(rows, ops.transpose(a))
+        hidden = contraction.matmul(rows, ops.transpose(a))
         if self.scale != 1.0:
             hidden = ops.multiply(hidden, self.scale)
-        return self.frozen.add_fused(rows, ops.matmul(hidden, b))
+        return self.frozen.add_fused(rows, contraction.matmul(hidden, b))
 
     # What a user reads.
 
     @property
     def scale(self) -> float:
-        """`s = lora_alpha / rank`; 1 by default, as in the paper."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.rank
+        """`s = lora_alpha / rank`; 1 by default, as in the paper.
+
+        With `use_rslora`, `lora_alpha / sqrt(rank)`.
+        """
+        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
+        return alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     @property
     def factors(self) -> tuple:
         """The two trained variables `(a, b)`, one pair a row."""
+        check_built(self)
         name_a, name_b = self.factor_names
         return getattr(self, name_a), getattr(self, name_b)
 
@@ -207,6 +252,7 @@ class SRLoRALayer:
             is): frozen kernel, before it was rounded to its dtype, plus scaled
             product of the factors.
         """
+        check_built(self)
         matrix = pairs.effective_matrix(self)
         return contraction.as_kernel(matrix, self.plan())
 
@@ -224,6 +270,7 @@ class SRLoRALayer:
                 Nothing is changed then.
         """
         check_initializable(self)
+        check_finite_factors([self])
         fused, _ = pairs.frozen_rows(self, self.record)
         if self.frozen.room is not None and len(fused):
             raise ValueError(
@@ -246,6 +293,7 @@ class SRLoRALayer:
     def get_arguments(self):
         """What SRLoRA adds to the arguments of the plain layer, for JSON."""
         arguments = {name: getattr(self, name) for name in ARGUMENTS}
+        arguments["modules_to_save"] = list(self.modules_to_save)
         # Its choices, not its name: what a name stands for may change.
         return {**arguments, "recipe": self.recipe.to_dict()}
 
@@ -264,3 +312,27 @@ class SRLoRALayer:
 
     def load_own_variables(self, store):
         weights_file.load(self, store)
+
+
+def refuse_to_quantize(layer):
+    """Raises `ValueError` for an SRLoRA layer, and for a model that holds one.
+
+    Keras would quantize the frozen kernel, or everything around it, and leave
+    the factors to a layer that is neither.
+    """
+    found = [
+        x.path
+        for x in keras_private.flatten_layers(layer)
+        if isinstance(x, SRLoRALayer) and x.built
+    ]
+    if found:
+        raise ValueError(
+            "SRLoRA layers cannot be quantized, nor can a model that holds "
+            "any. Call `keras_srlora.merge_srlora(model)` first; or quantize "
+            "the plain model and convert that. Received: "
+            f"{type(layer).__name__} {layer.name!r} with {len(found)} SRLoRA "
+            f"layers, such as {found[0]!r}"
+        )
+
+
+keras_quantization.ask_before_quantizing(refuse_to_quantize)

@@ -14,9 +14,14 @@ class Companions:
     its first layer, is another. The layer knows neither.
 
     What was loaded for a part that is not attached yet waits for it.
+
+    Attributes:
+        adapters: the named adapters that the layer has a part in, or `None`.
+            They are not saved.
     """
 
     def __init__(self):
+        self.adapters: Any = None
         self._parts: dict[str, Any] = {}
         self._waiting: dict[str, dict] = {}
 

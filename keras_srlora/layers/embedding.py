@@ -87,7 +87,8 @@ class SRLoRAEmbedding(SRLoRALayer, keras.layers.Embedding):
         if self.scale != 1.0:
             hidden = ops.multiply(hidden, self.scale)
         y = ops.add(
-            ops.take(self.frozen.variable, ids, axis=0), ops.matmul(hidden, b)
+            ops.take(self.frozen.variable, ids, axis=0),
+            contraction.matmul(hidden, b),
         )
         y = ops.reshape(y, (*ops.shape(inputs), self.output_dim))
         return ops.cast(y, self.compute_dtype)

@@ -7,6 +7,7 @@ from keras import ops
 from keras_srlora.backend import keras_private
 from keras_srlora.layers import pairs
 from keras_srlora.layers.frozen import freeze_kernel
+from keras_srlora.layers.frozen import has_integers
 
 ARGUMENTS = (
     "rank",
@@ -15,6 +16,8 @@ ARGUMENTS = (
     "recipe",
     "decomposition",
     "train_bias",
+    "use_rslora",
+    "modules_to_save",
 )
 
 
@@ -46,12 +49,11 @@ def add_factors(layer):
 
 
 def remove_factors(layer):
-    """Makes the effective kernel the layer's own; for merging.
+    """Takes away what `set_arguments` and `add_factors` added.
 
-    The inverse of `set_arguments` and `add_factors`. A function that was
-    compiled before still reads the factors: they end at zero.
+    The kernel, which the caller gave its final value, stays. The factors end at
+    zero: a function that was compiled before and reads them adds nothing.
     """
-    layer.frozen.merge(layer, pairs.effective_matrix(layer))
     for name in layer.factor_names:
         factor = getattr(layer, name)
         factor.assign(ops.zeros(factor.shape, factor.dtype))
@@ -62,4 +64,6 @@ def remove_factors(layer):
         delattr(layer, name)
     layer.lora_alpha = None  # Keras's own attribute
     for variable in keras_private.stored_variables(layer):
-        keras_private.set_variable_trainable(layer, variable, trainable=True)
+        # Keras trains no kernel of integers, nor its scale.
+        if variable is layer.bias or not has_integers(layer):
+            keras_private.set_variable_trainable(layer, variable, True)

@@ -2,6 +2,8 @@
 
 import warnings
 
+import keras
+
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.progress import Progress
 from keras_srlora.backend.progress import check_verbose
@@ -9,17 +11,25 @@ from keras_srlora.files.directions import open_directions
 from keras_srlora.layers import pairs
 from keras_srlora.layers import placement
 from keras_srlora.layers.base import SRLoRALayer
+from keras_srlora.layers.finite import check_finite_factors
+from keras_srlora.layers.matching import check_record
 from keras_srlora.layers.matching import find_record
 from keras_srlora.layers.matching import take_back_record
+from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.requirements import check_initializable
+from keras_srlora.layers.switched_off import check_switched_on
 
 
 def srlora_layers(model) -> list:
     """The SRLoRA layers anywhere inside a model, ordered by their paths.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or `model` is no model.
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a `keras.Model`. Received: {model!r}"
+        )
     layers = [
         layer
         for layer in keras_private.flatten_layers(model)
@@ -44,8 +54,9 @@ def match_records(layers):
 
     Raises:
         ValueError: before anything is changed, if a kernel is none that its
-            layer ever had.
+            layer ever had, or an adapter is switched off.
     """
+    check_switched_on(layers)
     counts = {
         layer: find_record(layer) for layer in layers if layer.initialized
     }
@@ -60,6 +71,21 @@ def match_records(layers):
             "back to it.",
             stacklevel=3,
         )
+
+
+def require_records(layers):
+    """As `match_records`, for what needs to know the pretrained kernels.
+
+    Raises:
+        ValueError: likewise, and if a layer is not built, or has trained
+            factors and no record.
+    """
+    for layer in layers:
+        if not layer.built:
+            check_initializable(layer)
+    match_records(layers)
+    for layer in layers:
+        check_record(layer)
 
 
 def initialize_factors(model, directions=None, verbose="auto") -> list:
@@ -94,8 +120,10 @@ def initialize_factors(model, directions=None, verbose="auto") -> list:
     for layer in layers:
         check_initializable(layer)
     fresh = [layer for layer in layers if not layer.initialized]
+    check_finite_factors(fresh)
     placement.warn_of_whole_factors(fresh)
-    with open_directions(directions, fresh) as file:
+    paths = layer_paths(model)
+    with open_directions(directions, fresh, paths) as file:
         decompose_kernels(fresh, file=file, verbose=verbose)
     return layers
 

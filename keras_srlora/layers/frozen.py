@@ -15,6 +15,7 @@ from keras_srlora.backend import devices
 from keras_srlora.backend import keras_private
 from keras_srlora.functional.contraction import as_kernel
 from keras_srlora.functional.contraction import as_matrix
+from keras_srlora.functional.contraction import matmul
 from keras_srlora.functional.fusion import effective_kernel
 from keras_srlora.functional.fusion import in_full
 
@@ -90,6 +91,10 @@ class FloatKernel:
         matrix = ops.cast(matrix, self.variable.dtype)
         self.variable.assign(as_kernel(matrix, self._plan))
 
+    def unload(self, layer, matrix):
+        """Makes the pretrained kernel that of the plain layer."""
+        self.merge(layer, matrix)
+
     def to_arrays(self):
         """Beside the variables, as `{name: array}`."""
         return {} if self.remainder is None else {REMAINDER: self.remainder}
@@ -149,17 +154,26 @@ class QuantizedKernel:
 
     def add_fused(self, rows, low_rank):
         a, b = self.fused
-        hidden = ops.matmul(rows, ops.transpose(a))
-        return ops.add(low_rank, ops.matmul(hidden, b))
+        hidden = matmul(rows, ops.transpose(a))
+        return ops.add(low_rank, matmul(hidden, b))
 
     def merge(self, layer, matrix):
         kernel = as_kernel(matrix, self._plan)
-        if layer.quantization_mode in INTEGER_MODES:
+        if has_integers(layer):
             keras_private.replace_quantized_kernel(layer, kernel)
         else:
             stored = keras_private.stored_kernel(layer)
             stored.assign(ops.cast(kernel, stored.dtype))
+        self._remove_fused(layer)
+
+    def unload(self, layer, matrix):
+        """The quantized kernel was never written: it is the pretrained one."""
+        self._remove_fused(layer)
+
+    def _remove_fused(self, layer):
         for variable in self.fused:
+            # A function that was compiled before still reads them.
+            variable.assign(ops.zeros(variable.shape, variable.dtype))
             keras_private.remove_variable(layer, variable)
 
     def to_arrays(self):
@@ -172,6 +186,11 @@ class QuantizedKernel:
 def is_quantized(layer) -> bool:
     """Whether `layer.quantize` quantized its kernel."""
     return layer.quantization_mode is not None
+
+
+def has_integers(layer) -> bool:
+    """Whether the stored kernel has integers, which mean others."""
+    return layer.quantization_mode in INTEGER_MODES
 
 
 def rows_beside_kernel(direction_count, recipe) -> int:
@@ -189,7 +208,7 @@ def float_kernel(layer):
     Returns:
         tensor of the kernel's shape, float32 if dequantized.
     """
-    if layer.quantization_mode not in INTEGER_MODES:
+    if not has_integers(layer):
         return ops.convert_to_tensor(keras_private.stored_kernel(layer))
     # Unpacked, but still integers.
     kernel = ops.cast(keras_private.unpacked_kernel(layer), "float32")

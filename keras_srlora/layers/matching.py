@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
+from keras_srlora.layers import pairs
 
 # Far above rounding, a bfloat16 kernel's too, and far below a change.
 OTHER_KERNEL = 1e-2
@@ -27,7 +28,9 @@ def find_record(layer):
     record = layer.record
     kernel = ops.cast(layer.frozen.matrix(), "float32")
     left = ops.convert_to_tensor(
-        devices.along_kernel(kernel, record.directions.left, 0)
+        devices.along_kernel(
+            kernel, record.directions.left.astype("float32"), 0
+        )
     )
     image = devices.to_numpy(ops.matmul(left, kernel))
     size = max(np.max(np.abs(image)), np.max(record.directions.singular_values))
@@ -48,6 +51,26 @@ def find_record(layer):
     # The latest of those that rounding does not tell apart.
     bound = 2 * least + 1e-6 * size
     return max(c for c, error in errors.items() if error <= bound)
+
+
+def check_record(layer):
+    """Raises where factors were trained and nothing is known of the kernel.
+
+    It may be the pretrained one, or one that directions were subtracted from
+    and pairs fused into.
+    """
+    if layer.initialized or not pairs.factors_to_numpy(layer)[1].any():
+        return
+    raise ValueError(
+        f"Layer {layer.path!r} has trained factors and no record of its "
+        "pretrained kernel: its weights came without it, as `clone_model` and "
+        "`set_weights` bring them, or it was trained without a "
+        "`RecompositionCallback` before its kernel was decomposed. Copy a "
+        "model with `model.save` and `keras.models.load_model`, or with "
+        "`save_weights` and `load_weights`; before training, call "
+        "`keras_srlora.initialize_factors(model)`. Received: "
+        f"layer.initialized={layer.initialized}"
+    )
 
 
 def take_back_record(layer, count):

@@ -15,7 +15,9 @@ from keras_srlora.backend import devices
 from keras_srlora.backend import keras_private
 from keras_srlora.functional import decomposition
 from keras_srlora.functional.contraction import as_kernel
+from keras_srlora.functional.contraction import matmul
 from keras_srlora.functional.fusion import effective_kernel
+from keras_srlora.functional.fusion import full_dtype
 from keras_srlora.functional.fusion import in_full
 from keras_srlora.functional.fusion import recompose_pairs
 from keras_srlora.functional.fusion import relative_change
@@ -32,9 +34,12 @@ def factor_values(layer) -> tuple[Any, Any]:
 
 
 def factors_to_numpy(layer):
-    """Both factors as float32 arrays, `(rank, in)` and `(rank, out)`."""
+    """Both factors as arrays, `(rank, in)` and `(rank, out)`.
+
+    In float32, or in float64 where they are.
+    """
     return tuple(
-        np.array(devices.to_numpy(ops.cast(value, "float32")))
+        np.array(devices.to_numpy(ops.cast(value, full_dtype(value))))
         for value in factor_values(layer)
     )
 
@@ -66,7 +71,7 @@ def kernel_in_step(layer):
         # Not built, or about to be converted.
         return keras_private.unpacked_kernel(layer)
     a, b = layer.factors
-    product = ops.matmul(ops.transpose(ops.multiply(a, layer.scale)), b)
+    product = matmul(ops.transpose(ops.multiply(a, layer.scale)), b)
     matrix = ops.add(layer.frozen.matrix(), product)
     kernel = as_kernel(matrix, layer.plan())
     return ops.cast(kernel, layer.compute_dtype)
@@ -97,7 +102,7 @@ def update_factors(layer):
     """The whole update since the pretrained kernel, as two factors.
 
     Returns:
-        float32 arrays `a` of shape `(k, in)` and `b` of shape `(k, out)`: the
+        arrays `a` of shape `(k, in)` and `b` of shape `(k, out)`: the
         update is `aᵀ @ b`. The fused pairs, the directions that were
         subtracted, and the pairs being trained; at most `2 · target_rank`.
     """
@@ -112,12 +117,12 @@ def update_factors(layer):
 # Starting.
 
 
-def a_initializer(layer):
+def a_initializer(layer, seed=None):
     """The initializer of the first factor."""
     # Keras's own LoRA starts with `he_uniform`, whose fan is that of
     # (in, rank); stored transposed, its limit is given by hand.
     limit = (6.0 / layer.plan().in_features) ** 0.5
-    return keras.initializers.RandomUniform(-limit, limit)
+    return keras.initializers.RandomUniform(-limit, limit, seed)
 
 
 def start_pairs(layer, recipe, file=None):
@@ -145,8 +150,13 @@ def _decompose(layer, file):
         matrix = layer.frozen.in_full()
     arguments = matrix, layer.direction_count, layer.decomposition
     if file is None:
-        return decomposition.decompose(*arguments)
-    return file.decompose(layer.path, *arguments)
+        found = decomposition.decompose(*arguments)
+    else:
+        found = file.decompose(layer, *arguments)
+    # What a kernel in float64 loses and gets back is computed in it.
+    return decomposition.Directions(
+        *(x.astype(full_dtype(matrix)) for x in found)
+    )
 
 
 def is_untrained(layer):
@@ -219,8 +229,8 @@ def _restart(layer, slots, indices, scale, fuse=False):
     )
     factor_a, factor_b = layer.factors
     restarted = row_mask(layer.rank, slots)
-    fresh_a = np.zeros(factor_a.shape, "float32")
-    fresh_b = np.zeros(factor_b.shape, "float32")
+    fresh_a = np.zeros(factor_a.shape, found.left.dtype)
+    fresh_b = np.zeros(factor_b.shape, found.left.dtype)
     fresh_a[slots] = scale_a[:, None] * found.left[indices]
     fresh_b[slots] = scale_b[:, None] * found.right[indices]
     stored = frozen.matrix()
@@ -254,33 +264,46 @@ def _computed_matrix(layer, stored):
 # Adapters.
 
 
-def restore_adapter(layer, a, b, lora_alpha, record):
+def restore_adapter(layer, a, b, arguments, record):
     """Takes over the factors and the record of another run.
 
     Args:
         layer: an SRLoRA layer.
         a: array of shape `(rank, in)`.
         b: array of shape `(rank, out)`.
-        lora_alpha: as in the constructor.
+        arguments: dict of those arguments of the layer that come with them:
+            `lora_alpha`, for one.
         record: a `Record` of the same pretrained kernel.
     """
-    pretrained = pretrained_matrix(layer)
-    layer.lora_alpha = lora_alpha
+    before = frozen_rows(layer, layer.record)
+    # By the scale that the layer has now.
+    pretrained = None if _is_nothing(before) else pretrained_matrix(layer)
+    for name, value in arguments.items():
+        setattr(layer, name, value)
     layer.record = record
     layer.companions.restore({})
     rows = frozen_rows(layer, record)
-    layer.frozen.store(effective_kernel(pretrained, *rows, 1.0), rows)
+    if not (_is_nothing(before) and _is_nothing(rows)):
+        if pretrained is None:
+            pretrained = layer.frozen.in_full()
+        layer.frozen.store(effective_kernel(pretrained, *rows, 1.0), rows)
     for factor, value in zip(layer.factors, (a, b)):
         factor.assign(value)
 
 
-def disable_adapter(layer):
-    """Back to the pretrained kernel, with both factors zero.
+def _is_nothing(rows):
+    """Whether nothing went into a kernel, which then stays as it is."""
+    return len(rows[0]) == 0
 
-    Both: a factor that is not finite would make zero times NaN. The record
-    stays, for the way back.
+
+def disable_adapter(layer):
+    """Back to the pretrained kernel, with nothing learnt and no record.
+
+    No factor is as it was: one that is not finite would make zero times NaN.
     """
-    nothing = frozen_rows(layer, Record())
-    layer.frozen.store(pretrained_matrix(layer), nothing)
-    for factor in layer.factors:
-        factor.assign(ops.zeros(factor.shape, dtype=factor.dtype))
+    layer.frozen.store(pretrained_matrix(layer), frozen_rows(layer, Record()))
+    layer.record = Record()
+    a, b = layer.factors
+    # With a seed: no other random number is a different one afterwards.
+    a.assign(a_initializer(layer, seed=0)(a.shape, dtype=a.dtype))
+    b.assign(ops.zeros(b.shape, dtype=b.dtype))

@@ -29,13 +29,13 @@ class Record:
     Attributes:
         directions: `Directions` of the pretrained kernel; `None` before the
             layer is initialised.
-        anchors: float32, `(t,)`. Coefficient with which a direction was
+        anchors: float, `(t,)`. Coefficient with which a direction was
             subtracted from the kernel when a pair started along it.
         visits: int, `(t,)`. How many pairs started along each direction.
         slot_direction: int, `(r,)`. Direction in each slot, -1 for none.
         slot_started: int, `(r,)`. Step at which the slot's pair started.
-        fused_a: float32, `(m, in)`. The pairs that were fused, in order.
-        fused_b: float32, `(m, out)`.
+        fused_a: float, `(m, in)`. The pairs that were fused, in order.
+        fused_b: float, `(m, out)`.
         events: float64, `(m, 5)`, with columns `EVENT`.
     """
 
@@ -53,14 +53,15 @@ class Record:
     def start(cls, directions: Directions, rank: int) -> Record:
         """The record of a layer whose kernel was just decomposed."""
         count = len(directions.singular_values)
+        dtype = directions.left.dtype
         return cls(
             directions=directions,
-            anchors=np.zeros(count, "float32"),
+            anchors=np.zeros(count, dtype),
             visits=np.zeros(count, "int64"),
             slot_direction=np.full(rank, NO_DIRECTION, "int64"),
             slot_started=np.zeros(rank, "int64"),
-            fused_a=np.zeros((0, directions.left.shape[1]), "float32"),
-            fused_b=np.zeros((0, directions.right.shape[1]), "float32"),
+            fused_a=np.zeros((0, directions.left.shape[1]), dtype),
+            fused_b=np.zeros((0, directions.right.shape[1]), dtype),
             events=np.zeros((0, len(EVENT)), "float64"),
         )
 

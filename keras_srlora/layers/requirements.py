@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_srlora.backend.arguments import check_choice
 from keras_srlora.backend.arguments import is_integer
+from keras_srlora.backend.arguments import is_number
 from keras_srlora.backend.arguments import keras_version
 from keras_srlora.functional.decomposition import METHODS
 from keras_srlora.layers.frozen import MODES
@@ -15,7 +16,9 @@ from keras_srlora.layers.frozen import rows_beside_kernel
 QUANTIZED_SINCE = 3, 15
 
 
-def check_arguments(rank, target_rank, lora_alpha, decomposition):
+def check_arguments(
+    rank, target_rank, lora_alpha, decomposition, use_rslora=False
+):
     """Raises `ValueError` for arguments that no kernel could satisfy."""
     if not is_integer(rank) or rank <= 0:
         raise ValueError(
@@ -30,10 +33,14 @@ def check_arguments(rank, target_rank, lora_alpha, decomposition):
             f"Received: {target_rank=}, {rank=}"
         )
     if lora_alpha is not None and not (
-        isinstance(lora_alpha, (int, float)) and 0 < lora_alpha < float("inf")
+        is_number(lora_alpha) and 0 < lora_alpha < float("inf")
     ):
         raise ValueError(
             f"`lora_alpha` must be a positive number. Received: {lora_alpha=}"
+        )
+    if not isinstance(use_rslora, bool):
+        raise ValueError(
+            f"`use_rslora` must be `True` or `False`. Received: {use_rslora=}"
         )
     check_choice("decomposition", decomposition, METHODS)
 
@@ -82,14 +89,19 @@ def check_quantization(layer):
         )
 
 
-def check_initializable(layer):
-    """Raises `ValueError` where a layer's kernel cannot be decomposed."""
+def check_built(layer):
+    """Raises `ValueError` where a layer has no kernel yet."""
     if not layer.built:
         raise ValueError(
-            f"Layer {layer.name!r} is not built, so there is no kernel to "
-            "decompose. Build the model first: call it on a batch, or "
+            f"Layer {layer.name!r} is not built, so it has neither a kernel "
+            "nor factors. Build the model first: call it on a batch, or "
             "`model.build(input_shape)`, or start it with `keras.Input`."
         )
+
+
+def check_initializable(layer):
+    """Raises `ValueError` where a layer's kernel cannot be decomposed."""
+    check_built(layer)
     check_finite_kernel(float_kernel(layer), layer.path)
 
 

@@ -65,8 +65,8 @@ class Recipe:
         shortest_run: int. Steps of the shortest run that is recomposed at all;
             a shorter one is plain LoRA (or PiSSA, as it starts).
         reuse_directions: bool. Whether directions come again once pairs started
-            along all of them, so that they never run out. For a `scale` that
-            subtracts nothing (`"as_lora"`).
+            along all of them, so that they never run out. For pairs that
+            subtract nothing (`start="lora"`, `scale="as_lora"`).
         stop: float in (0, 1]. Part of the run after which nothing is
             recomposed, so that the last pairs have their time.
         beta1: float in [0, 1). Decay of the average sensitivity `Ī`.
@@ -113,19 +113,26 @@ class Recipe:
         for field in TABLES:
             name = _name(field, getattr(self, field))
             object.__setattr__(self, field, name)
-        check_fraction("fusion_ratio", self.fusion_ratio, True, False)
-        check_fraction("stop", self.stop, True, False)
-        check_fraction("pair_life", self.pair_life, False, True)
-        check_fraction("beta1", self.beta1, False, True)
-        check_fraction("beta2", self.beta2, False, True)
+        # As Python's numbers, which JSON can hold.
+        for field, low_open, high_open in (
+            ("fusion_ratio", True, False),
+            ("stop", True, False),
+            ("pair_life", False, True),
+            ("beta1", False, True),
+            ("beta2", False, True),
+        ):
+            number = getattr(self, field)
+            number = check_fraction(field, number, low_open, high_open)
+            object.__setattr__(self, field, number)
         for field in ("steps_per_pair", "shortest_run"):
             steps = check_count(field, getattr(self, field), "steps")
             object.__setattr__(self, field, steps)
-        if self.reuse_directions and self.scale != "as_lora":
+        if self.reuse_directions and self.subtracts:
             raise ValueError(
-                "Directions can come again only where a restart subtracts "
-                'nothing from the kernel: `scale="as_lora"`. '
-                f"Received: reuse_directions=True, scale={self.scale!r}"
+                "Directions can come again only where nothing is subtracted "
+                'from the kernel: `start="lora"` and `scale="as_lora"`. '
+                f"Received: reuse_directions=True, start={self.start!r}, "
+                f"scale={self.scale!r}"
             )
 
     @property

@@ -3,6 +3,10 @@
 A pure state machine over means of the training loss. While the loss falls,
 the pairs are still learning and a restart would cost what they could learn;
 once it is flat, a restart has little to lose, and whether it helps is seen.
+
+Every fall is compared with what the loss has fallen so far. Neither the unit of
+the loss nor a constant that is added to it, so that it lies below zero, say,
+changes a decision.
 """
 
 import dataclasses
@@ -15,17 +19,16 @@ WAITING, PROBING, GOING, STOPPED = range(4)
 # A window is a tenth of the run, and is read in eight parts.
 WINDOW = 0.1
 POINTS = 8
-# The loss is flat where from window to window it falls by less than 2 % of
-# itself, and by less than a twentieth of what it has fallen so far, a standard
-# error included. The second says it of losses that never come near zero.
-FLAT = 0.02
-SETTLED = 0.05
-# A recomposition pays where the loss then falls by 1 % more than it would have
-# anyway, by more than a standard error, within three windows.
+# The loss is flat where from window to window it falls by less than a fiftieth
+# of what it has fallen so far, a standard error included.
+SETTLED = 0.02
+# A recomposition pays where the loss then falls by 1 % of that more than it
+# would have anyway, by more than a standard error, within three windows.
 PAYS = 0.01
 PATIENCE = 3
-# Nothing is left to learn at a thousandth of the first loss.
-SMALL = 1e-3
+# A run has begun to learn where the loss has fallen by three standard
+# deviations of its readings.
+BEGUN = 3.0
 
 
 @dataclasses.dataclass
@@ -41,7 +44,7 @@ class FlatLoss:
         phase: one of the above.
         read_at: step at which the loss was read last.
         since: step of the probe, or at which the loss last fell enough.
-        first: the first loss; 0 before.
+        first: the first loss; `None` before.
         base: the loss to compare with, since then.
         variance: of the mean that `base` is.
         before: the loss a window before the probe.
@@ -53,7 +56,7 @@ class FlatLoss:
     phase: int = WAITING
     read_at: int = 0
     since: int = 0
-    first: float = 0.0
+    first: float | None = None
     base: float = 0.0
     variance: float = 0.0
     before: float = 0.0
@@ -104,25 +107,21 @@ class FlatLoss:
         if self.phase == STOPPED or count <= 0:
             return None
         self.points = [*self.points, (total, count)][-4 * POINTS :]
-        self.first = self.first or total / count
+        if self.first is None:
+            self.first = total / count
         if len(self.points) < POINTS:
             return None
         mean, variance = _mean(self.points[-POINTS:])
-        if mean < SMALL * self.first:
-            self._begin(step, mean, variance)
-            self.phase = STOPPED
-        elif self.phase == WAITING:
+        if self.phase == WAITING:
             return self._wait(step, mean, variance)
-        else:
-            return self._compare(step, mean, variance)
-        return None
+        return self._compare(step, mean, variance)
 
     def _wait(self, step, mean, variance):
         learnt = self.first - mean
         # A loss that never fell is that of a run that has not begun to learn.
-        if learnt < PAYS * self.first:
+        if not learnt > BEGUN * math.sqrt(POINTS * variance):
             return None
-        limit = min(FLAT * mean, SETTLED * learnt)
+        limit = SETTLED * learnt
         if not any(self._falls_less(limit, span) for span in (1, 2)):
             return None
         before = _mean(self.points[-2 * POINTS : -POINTS])
@@ -152,14 +151,15 @@ class FlatLoss:
         probing = self.phase == PROBING
         expected = self._at_its_pace(windows if probing else 0.0)
         gain, error = _fall(expected, (mean, variance))
-        if gain - error > PAYS * abs(expected[0]):
+        pays = PAYS * (self.first - self.base)
+        if gain - error > pays:
             self._begin(step, mean, variance)
             self.phase = GOING
             return "go" if probing else None
         if windows >= PATIENCE:
             # A loss that falls, but no faster, says nothing about the rank.
             fall, error = _fall((self.base, self.variance), (mean, variance))
-            falls = fall - error > PAYS * abs(self.base)
+            falls = fall - error > pays
             self.phase = WAITING if falls else STOPPED
         return None
 

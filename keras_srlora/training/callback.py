@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import keras
-import numpy as np
-from keras import ops
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import check_fraction
 from keras_srlora.layers.find import srlora_layers
@@ -18,6 +13,8 @@ from keras_srlora.recipes.definition import get_recipe
 from keras_srlora.training import preparation
 from keras_srlora.training import resume
 from keras_srlora.training import wrapping
+from keras_srlora.training.losses import LossReader
+from keras_srlora.training.losses import warn_of_no_loss
 from keras_srlora.training.recomposer import COMPANION
 from keras_srlora.training.recomposer import Recomposer
 from keras_srlora.training.recomposition import Recomposition
@@ -98,7 +95,9 @@ class RecompositionCallback(keras.callbacks.Callback):
         super().__init__()
         self.interval = check_count("interval", interval, "steps", True)
         if fusion_ratio is not None:
-            check_fraction("fusion_ratio", fusion_ratio, True, False)
+            fusion_ratio = check_fraction(
+                "fusion_ratio", fusion_ratio, True, False
+            )
         self.fusion_ratio = fusion_ratio
         # `recipe` becomes that of a run; the next starts from the argument.
         self._given_recipe = None if recipe is None else get_recipe(recipe)
@@ -107,6 +106,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         # Made with each `fit`; the hooks of Keras come after that.
         self.recomposer: Recomposer = None  # type: ignore[assignment]
         self._running = False
+        self._prepared = False
 
     @property
     def events(self) -> list[Recomposition]:
@@ -122,7 +122,8 @@ class RecompositionCallback(keras.callbacks.Callback):
         }
 
     # Keras calls `set_model` before it makes the train function: whatever the
-    # compiled step must see is put in place here.
+    # compiled step must see is put in place here. It does so for `evaluate` and
+    # `predict` too, which must leave the model as it is.
 
     def set_model(self, model) -> None:
         if self._running and model is not self._model:
@@ -133,19 +134,24 @@ class RecompositionCallback(keras.callbacks.Callback):
                 f"Received: model {model.name!r}"
             )
         super().set_model(model)
+        if _begins_fit(model):
+            self._prepare()
+
+    def _prepare(self):
+        model = self._model
         layers = srlora_layers(model)
         recipe = preparation.choose_recipe(
             layers, self._given_recipe, self.fusion_ratio
         )
         preparation.check_model(model, layers)
-        _, inner = wrapping.split_optimizer(model)
+        self._outer_optimizer, inner = wrapping.split_optimizer(model)
         preparation.check_run(layers, recipe, inner)
         self.recipe = recipe
-        self._outer_optimizer, _ = wrapping.split_optimizer(model)
         with devices.strategy_scope(model):
             wrapper = wrapping.wrap_optimizer(
                 model, layers, recipe.beta1, recipe.beta2
             )
+        self._prepared = True
         # The length of the run is known when its first epoch begins.
         self.recomposer = Recomposer(
             model,
@@ -156,7 +162,25 @@ class RecompositionCallback(keras.callbacks.Callback):
             verbose=self.verbose,
         )
 
+    def on_test_begin(self, logs=None) -> None:
+        self._withdraw()
+
+    def on_predict_begin(self, logs=None) -> None:
+        self._withdraw()
+
+    def _withdraw(self):
+        """Gives the model its own optimizer back, where no run has begun."""
+        if self._prepared and not self._running:
+            self._prepared = False
+            wrapping.unwrap_optimizer(self._model)
+
     def on_train_begin(self, logs=None) -> None:
+        if not self._prepared:
+            # In a loop with a `CallbackList`, or after a `History` that was
+            # passed to a `fit` before.
+            self._prepare()
+            if self._model.train_function is None:
+                self._model.make_train_function()
         self._running = True
         self._epochs = (self.params or {}).get("epochs", 1)
         self._epoch_steps: int = (self.params or {}).get("steps") or 0
@@ -178,8 +202,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                 self._epoch_steps,
             )
             self._step = epoch * self._epoch_steps
-            self._check_loss()
-        self._losses_read = (0.0, 0.0)
+        self._losses = LossReader(self._model)
         self._epoch_start = self._step
         self._events_before = len(self.events)
         self._batches_ended = []
@@ -196,18 +219,9 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None) -> None:
         recomposer = self.recomposer
-        if not wrapping.is_wrapped_by(self._model, recomposer.optimizer):
-            received = self._model.optimizer
-            # On JAX the state of the run is about to be written back.
-            wrapping.put_in_place(
-                self._model, self._outer_optimizer, recomposer.optimizer
-            )
-            raise RuntimeError(
-                "The optimizer of the model was replaced during the run, so "
-                "that its pairs are no longer scored. Compile before `fit`, "
-                "not in a callback. "
-                f"Received: model.optimizer={received!r}"
-            )
+        wrapping.check_wrapped(
+            self._model, self._outer_optimizer, recomposer.optimizer
+        )
         self._step = self._epoch_start + batch
         if recomposer.is_due(self._step):
             # On JAX variables are not up to date during an epoch; the public
@@ -215,19 +229,12 @@ class RecompositionCallback(keras.callbacks.Callback):
             self.model  # noqa: B018
             # Before the first batch of an epoch there is nothing to read.
             if batch and recomposer.pace.wants_loss(self._step):
-                recomposer.report_loss(*self._losses_since())
+                total, count = self._losses.read()
+                if count:
+                    recomposer.report_loss(total, count)
+                else:
+                    self._stop_gate()
         recomposer.before_step(self._step)
-
-    def _losses_since(self):
-        """Sum and number of the losses of the epoch that were not read yet."""
-        loss = keras_private.loss_metric(self._model)
-        sums = (
-            float(ops.convert_to_numpy(loss.total)),
-            float(ops.convert_to_numpy(loss.count)),
-        )
-        total, count = np.subtract(sums, self._losses_read)
-        self._losses_read = sums
-        return total, count
 
     def on_epoch_end(self, epoch, logs=None) -> None:
         recomposer = self.recomposer
@@ -240,38 +247,48 @@ class RecompositionCallback(keras.callbacks.Callback):
             recomposer.pace.set_total_steps(
                 self._epochs * self._epoch_steps, self._step
             )
-            self._check_loss()
-        if recomposer.pace.state.gate is not None and not any(
-            self._losses_read
-        ):
+        if recomposer.pace.state.gate is not None and not self._losses.has_read:
             # Too short an epoch to be read on its way.
             self.model  # noqa: B018
-            mean = float((logs or {}).get("loss", float("nan")))
-            recomposer.report_loss(mean * self._epoch_steps, self._epoch_steps)
-            recomposer.consult_gate(self._step)
+            mean = (logs or {}).get("loss")
+            if mean is None:
+                self._stop_gate()
+            else:
+                steps = self._epoch_steps
+                recomposer.report_loss(float(mean) * steps, steps)
+                recomposer.consult_gate(self._step)
         if logs is not None:
             events = self.events[self._events_before :]
-            used = [layer.record.used.sum() for layer in recomposer.layers]
-            logs["srlora_recompositions"] = len({e.step for e in events})
-            logs["srlora_directions"] = float(sum(used) / len(used))
-            logs["srlora_drift"] = max((e.drift for e in events), default=0.0)
+            logs.update(_epoch_logs(events, recomposer.layers))
 
     def on_train_end(self, logs=None) -> None:
         self._running = False
+        self._prepared = False
         wrapping.unwrap_optimizer(self._model)
         # The state of the run stays with the weights.
         self.recomposer.layers[0].companions.detach(COMPANION)
 
-    def _check_loss(self):
-        """Warns where the gate has nothing to read."""
-        waits = self.recomposer.pace.state.gate is not None
-        if waits and keras_private.loss_metric(self._model) is None:
-            self.recomposer.pace.state.gate = None
-            warnings.warn(
-                f"Model {self._model.name!r} has no mean of its training loss, "
-                "which the gate of its recipe waits for "
-                f"(gate={self.recomposer.recipe.gate!r}): nothing will "
-                "be recomposed. Pass `RecompositionCallback(recipe=...)` with "
-                "another gate, or an `interval`.",
-                stacklevel=2,
-            )
+    def _stop_gate(self):
+        self.recomposer.pace.state.gate = None
+        warn_of_no_loss(self._model, self.recipe)
+
+
+def _begins_fit(model):
+    """Whether it is `fit` that calls `set_model`, not `evaluate` or `predict`.
+
+    `fit` has just given the model a new `History`, which has no `epoch` until
+    training begins.
+    """
+    history = getattr(model, "history", None)
+    return isinstance(history, keras.callbacks.History) and not hasattr(
+        history, "epoch"
+    )
+
+
+def _epoch_logs(events, layers):
+    used = [layer.record.used.sum() for layer in layers]
+    return {
+        "srlora_recompositions": len({event.step for event in events}),
+        "srlora_directions": float(sum(used) / len(used)),
+        "srlora_drift": max((event.drift for event in events), default=0.0),
+    }

@@ -14,6 +14,24 @@ from keras_srlora.training.sensitivity import Sensitivity
 HALF_SPACING_BELOW_ONE = {"bfloat16": 2**-9, "float16": 2**-12}
 
 
+# What the wrapper does itself; everything else is the wrapped optimizer's.
+OWN = frozenset(
+    (
+        "apply",
+        "apply_gradients",
+        "build",
+        "sensitivity",
+        "stateless_apply",
+        "unwrap",
+        "variables",
+        "_step_gradients",
+    )
+)
+# What Python itself asks for. `__class__` is the wrapped optimizer's, which
+# `isinstance` looks at after the type, and by which it is saved.
+PYTHONS = frozenset(("__dict__", "__init__", "__reduce_ex__", "__setattr__"))
+
+
 @keras.saving.register_keras_serializable("keras_srlora")
 class SensitivityOptimizer(keras.optimizers.Optimizer):
     """Wraps an optimizer and scores the SRLoRA pairs from its gradients.
@@ -22,6 +40,14 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
     optimizer that it hands them on to, which does everything that it did
     before. `RecompositionCallback` puts it in place for the time of a `fit`;
     loops of your own use it directly.
+
+    The wrapper is transparent: every attribute and method but those below is
+    read from, and written to, the wrapped optimizer, so that other callbacks
+    find `use_ema`, `beta_1` or `weight_decay` where they expect them.
+    `isinstance(optimizer, keras.optimizers.Adam)` holds where an `Adam` is
+    wrapped. Its own are `apply`, `variables` (the statistics, and then those of
+    the wrapped optimizer), `sensitivity`, and `unwrap()`, which returns the
+    wrapped optimizer.
 
     What a step is: with `gradient_accumulation_steps=k` the statistics are
     updated once every `k` batches, from the mean gradient that the wrapped
@@ -56,26 +82,41 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
                 "SensitivityOptimizer(optimizer, model))`. "
                 f"Received: inner_optimizer={inner_optimizer.name!r}"
             )
+        # Without Keras's `__init__`: its attributes are those of the wrapped
+        # optimizer. Past `__setattr__`, which would write them there.
+        own = vars(self)
+        own["unwrap"] = lambda: inner_optimizer
         layers = model if isinstance(model, list) else srlora_layers(model)
-        super().__init__(learning_rate=0.0, name=inner_optimizer.name)
-        # Not `inner_optimizer`: Keras would walk into the attribute when
-        # saving and write the wrapped optimizer a second time.
-        self.unwrap = lambda: inner_optimizer
-        self.sensitivity = Sensitivity(layers, beta1, beta2)
+        own["sensitivity"] = Sensitivity(layers, beta1, beta2)
         if inner_optimizer.built:
-            self._adopt()
+            _check_built(inner_optimizer, self.sensitivity)
+
+    def __getattribute__(self, name):
+        if name in OWN or name in PYTHONS:
+            return object.__getattribute__(self, name)
+        inner = object.__getattribute__(self, "__dict__").get("unwrap")
+        if inner is None:
+            # Keras and TensorFlow look at it before `__init__`.
+            return object.__getattribute__(self, name)
+        return getattr(inner(), name)
+
+    def __setattr__(self, name, value):
+        setattr(self.unwrap(), name, value)
+
+    def __delattr__(self, name):
+        delattr(self.unwrap(), name)
+
+    def __dir__(self):
+        return sorted(OWN.union(dir(self.unwrap())))
+
+    def __repr__(self):
+        return f"<SensitivityOptimizer of {self.unwrap()!r}>"
 
     def build(self, variables):
-        if not self.unwrap().built:
-            self.unwrap().build(variables)
-        self._adopt()
-
-    def _adopt(self):
-        check_trains(self.unwrap(), self.sensitivity.layers)
-        warn_of_rounded_decay(self.unwrap(), self.sensitivity.layers)
-        super().build(
-            keras_private.optimizer_trainable_variables(self.unwrap())
-        )
+        inner = self.unwrap()
+        if not inner.built:
+            inner.build(variables)
+        _check_built(inner, self.sensitivity)
 
     @property
     def variables(self):
@@ -113,42 +154,20 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
             ]
         return grads, variables, is_step
 
-    # Everything else is the wrapped optimizer's.
-
-    @property
-    def learning_rate(self):
-        return self.unwrap().learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.unwrap().learning_rate = learning_rate
-
-    @property
-    def iterations(self):
-        return self.unwrap().iterations
-
-    def scale_loss(self, loss):
-        return self.unwrap().scale_loss(loss)
-
-    def finalize_variable_values(self, var_list):
-        self.unwrap().finalize_variable_values(var_list)
-
-    def save_own_variables(self, store):
-        self.unwrap().save_own_variables(store)
-
-    def load_own_variables(self, store):
-        self.unwrap().load_own_variables(store)
-
-    def get_config(self):
-        inner = keras.saving.serialize_keras_object(self.unwrap())
-        return {"inner_optimizer": inner}
-
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Returns the wrapped optimizer: there is no model to score here."""
+        """Returns the wrapped optimizer: there is no model to score here.
+
+        For files of versions that saved the wrapper by its name.
+        """
         return keras.saving.deserialize_keras_object(
             config["inner_optimizer"], custom_objects=custom_objects
         )
+
+
+def _check_built(optimizer, sensitivity):
+    check_trains(optimizer, sensitivity.layers)
+    warn_of_rounded_decay(optimizer, sensitivity.layers)
 
 
 def is_between_accumulations(optimizer) -> bool:

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-from keras import ops
 
 from keras_srlora.backend import devices
 from keras_srlora.recipes.definition import Recipe
 from keras_srlora.recipes.schedule import Schedule
 from keras_srlora.training.recomposition import Work
 from keras_srlora.training.run_state import RunState
+
+# A gate that reads no more shall not keep a tensor of each step.
+MOST_PENDING = 256
 
 
 class Pace:
@@ -44,7 +46,6 @@ class Pace:
         self.state = RunState()
         self._work = work
         self._verbose = verbose
-        self._reported: list = []
         self._warned = False
 
     def start(self, step: int, epoch_steps: int = 0) -> None:
@@ -98,7 +99,10 @@ class Pace:
     def report_loss(self, total, count: float) -> None:
         """Keeps a sum of losses until the gate reads it."""
         if self.state.gate is not None:
-            self._reported.append((total, count))
+            state = self.state
+            state.reported.append((total, count))
+            if len(state.reported) > MOST_PENDING:
+                state.reported = [state.losses()]
 
     def decide(self, step: int) -> bool:
         """Whether to recompose now; where the gate is due, it reads first."""
@@ -106,19 +110,18 @@ class Pace:
             return False
         if not self.wants_loss(step):
             return True
-        if self._reported:
+        if self.state.reported:
             return self.consult_gate(step)
         self._warn_of_silence(step)
         return False
 
     def consult_gate(self, step: int) -> bool:
         """Lets the gate read what was reported; whether it wants a probe."""
-        reported, self._reported = self._reported, []
+        total, count = self.state.losses()
+        self.state.reported = []
         gate = self.state.gate
         if gate is None or step >= self.last_step:
             return False
-        total = sum(_to_float(loss) for loss, _ in reported)
-        count = sum(float(number) for _, number in reported)
         # All processes of a run must hear the same answer.
         total, count = np.sum(devices.gather((total, count)), axis=0)
         phase = gate.phase
@@ -180,12 +183,6 @@ class Pace:
                 "`recomposer.report_loss(loss)` after each step, or pass an "
                 "`interval`, or a recipe without a gate."
             )
-
-
-def _to_float(loss):
-    if isinstance(loss, (int, float)):
-        return float(loss)
-    return float(ops.convert_to_numpy(ops.stop_gradient(loss)))
 
 
 def _warn(message):

@@ -11,6 +11,7 @@ from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import is_integer
 from keras_srlora.backend.random_state import RandomState
 from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.paths import layer_paths
 from keras_srlora.recipes.definition import Recipe
 from keras_srlora.training import preparation
 from keras_srlora.training.optimizer import is_between_accumulations
@@ -54,7 +55,7 @@ class Recomposer:
         recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
             layers.
         total_steps: int. Training steps of the run. Needed unless `interval`
-            is given; `0` where it is not known yet, see `set_total_steps`.
+            is given.
         interval: int or `None`. Steps between two recompositions; with a number
             the recipe's gate is left out.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.
@@ -107,6 +108,8 @@ class Recomposer:
         self.optimizer, self.sensitivity = score_steps(
             optimizer, self.layers, self.recipe.beta1, self.recipe.beta2
         )
+        if self._model is not None:
+            self.sensitivity.paths = layer_paths(self._model)
         preparation.start_layers(self.layers, self.recipe)
         self.events: list[Recomposition] = []
         self.pace = Pace(self.recipe, interval, self._work_left, verbose)

@@ -96,7 +96,7 @@ def recompose(
         keras_srlora.recompose(optimizer.sensitivity, optimizer, step)
     ```
     """
-    layers = sensitivity.layers
+    layers, step = sensitivity.layers, int(step)
     for layer in layers:
         if not layer.initialized:
             raise ValueError(
@@ -118,7 +118,8 @@ def recompose(
     events, recomposed = [], []
     for layer, scores in zip(layers, importance):
         of_layer = recipe or layer.recipe
-        event = _recompose_layer(layer, of_layer, scores, step)
+        path = sensitivity.paths[id(layer)]
+        event = _recompose_layer(layer, path, of_layer, scores, step)
         if event is None:
             continue
         events.append(event)
@@ -241,7 +242,7 @@ def _find_slots(optimizer, layers):
     return slots
 
 
-def _recompose_layer(layer, recipe, scores, step):
+def _recompose_layer(layer, path, recipe, scores, step):
     record = layer.record
     if not remaining_recompositions(layer, recipe):
         return None
@@ -274,7 +275,7 @@ def _recompose_layer(layer, recipe, scores, step):
     )
     return Recomposition(
         step=step,
-        layer=layer.path,
+        layer=path,
         slots=tuple(map(int, slots)),
         scores=tuple(map(float, scores[slots])),
         directions=tuple(map(int, directions)),

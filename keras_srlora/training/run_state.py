@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from keras import ops
 
 from keras_srlora.files.packing import pack
 from keras_srlora.files.packing import unpack
@@ -25,12 +26,22 @@ class RunState:
         begun: step of the batch that began last, -1 before the first. What is
             saved is the state after it.
         epoch_steps: steps of an epoch of `fit`; 0 while unknown, or in a loop.
+        reported: list of `(sum of losses, count)`, numbers or tensors, that the
+            gate has not read yet.
     """
 
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     gate: Gate | None = None
     begun: int = -1
     epoch_steps: int = 0
+    reported: list = dataclasses.field(default_factory=list)
+
+    def losses(self) -> tuple[float, float]:
+        """Sum and number of the losses that were reported."""
+        return (
+            sum((_to_float(total) for total, _ in self.reported), 0.0),
+            sum((float(count) for _, count in self.reported), 0.0),
+        )
 
     def to_array(self, recipe: Recipe) -> np.ndarray:
         """All of it, by name, with the kind of the gate."""
@@ -42,6 +53,7 @@ class RunState:
                 "epoch_steps": self.epoch_steps,
                 "gate_kind": "none" if gate is None else recipe.gate,
                 "gate": gate,
+                "losses": self.losses() if self.reported else None,
             },
             "run",
             FORMAT,
@@ -74,4 +86,11 @@ class RunState:
             gate,
             saved["begun"],
             saved["epoch_steps"],
+            [] if saved["losses"] is None else [tuple(saved["losses"])],
         )
+
+
+def _to_float(loss):
+    if isinstance(loss, (int, float)):
+        return float(loss)
+    return float(ops.convert_to_numpy(ops.stop_gradient(loss)))

@@ -55,9 +55,11 @@ class Sensitivity:
     """
 
     def __init__(self, layers: list, beta1: float = 0.85, beta2: float = 0.85):
-        check_fraction("beta1", beta1, low_open=False, high_open=True)
-        check_fraction("beta2", beta2, low_open=False, high_open=True)
+        beta1 = check_fraction("beta1", beta1, low_open=False, high_open=True)
+        beta2 = check_fraction("beta2", beta2, low_open=False, high_open=True)
         self.layers = list(layers)
+        # What events call them; a model may know better.
+        self.paths = {id(layer): layer.path for layer in self.layers}
         if not self.layers:
             raise ValueError(
                 "There is nothing to score. Pass at least one SRLoRA layer. "

@@ -55,9 +55,29 @@ def unwrap_optimizer(model):
 
 
 def is_wrapped_by(model, wrapper):
-    """Whether a model trains with a wrapper; asked before every step."""
+    """Whether a model trains with a wrapper."""
     optimizer = model.optimizer
     return getattr(optimizer, "inner_optimizer", optimizer) is wrapper
+
+
+def check_wrapped(model, outer, wrapper):
+    """Raises where a model no longer trains with a wrapper; before each step.
+
+    Args:
+        model: the model.
+        outer: its `LossScaleOptimizer`, or `None`.
+        wrapper: the `SensitivityOptimizer` inside.
+    """
+    if is_wrapped_by(model, wrapper):
+        return
+    optimizer = model.optimizer
+    # On JAX the state of the run is about to be written back.
+    put_in_place(model, outer, wrapper)
+    raise RuntimeError(
+        "The optimizer of the model was replaced during the run, so that its "
+        "pairs are no longer scored. Compile before `fit`, not in a callback. "
+        f"Received: model.optimizer={optimizer!r}"
+    )
 
 
 def put_in_place(model, outer, inner):

@@ -18,7 +18,7 @@ from support import write_adapter
 
 import keras_srlora
 from keras_srlora import RecompositionCallback
-from keras_srlora.adapters import format as adapter_format
+from keras_srlora.adapters import save_load
 from keras_srlora.layers import pairs
 from keras_srlora.recipes.definition import RECIPES
 from keras_srlora.recipes.definition import get_recipe
@@ -111,7 +111,7 @@ def test_a_fresh_model_computes_the_same(recipe, alpha, path):
             np.testing.assert_array_equal(
                 getattr(state, name), getattr(expected, name)
             )
-        np.testing.assert_array_equal(state.history, expected.history)
+        np.testing.assert_array_equal(state.events, expected.events)
         assert layer.recipe == other.recipe and layer.scale == other.scale
 
 
@@ -329,8 +329,8 @@ def test_any_flipped_bit(saved, rng):
 
 
 def test_a_later_format(path, monkeypatch):
-    later = adapter_format.KIND._replace(version=99)
-    monkeypatch.setattr(adapter_format, "KIND", later)
+    later = save_load.KIND._replace(version=99)
+    monkeypatch.setattr(save_load, "KIND", later)
     keras_srlora.save_adapter(trained_model(), path, include_trainable=True)
     monkeypatch.undo()
     refused(plain_model(), path, "format_version='99'")
@@ -345,7 +345,7 @@ def test_a_later_format(path, monkeypatch):
         ("hidden/kept", np.full(12, 99)),
         ("hidden/kept", np.full(12, -1)),
         ("hidden/slot_direction", np.full(2, -2)),
-        ("hidden/used", None),
+        ("hidden/visits", None),
     ],
 )
 def test_a_file_that_lies(name, array, saved):

@@ -254,9 +254,9 @@ def test_a_function_in_the_recipe_of_a_saved_model(rng, tmp_path):
     """By name in the `.keras` file, and in use after it."""
     recipe = Recipe(selection=most_important, order=smallest_singular_value)
     model = two_layer_model(rng, rank=2, target_rank=12, recipe=recipe)
-    model.compile("adam", "mse")
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.compile("adam", "mse")
     assert loaded.get_layer("hidden").recipe == recipe
     callback = RecompositionCallback(interval=5)
     loaded.fit(

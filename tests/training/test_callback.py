@@ -394,10 +394,10 @@ def test_statistics_go_on_in_a_second_fit(rng):
     quiet = pytest.warns(UserWarning, match="Nothing will be recomposed")
     with quiet:
         fit(model, data, RecompositionCallback(interval=99), epochs=1)
-    held = model.get_layer("hidden").record.statistics_to_numpy()
+    held = statistics(model.get_layer("hidden"))
     assert held.average_a.max() > 0
     keras_srlora.Sensitivity([model.get_layer("hidden")])
-    running = model.get_layer("hidden").record.statistics_to_numpy()
+    running = statistics(model.get_layer("hidden"))
     for before, after in zip(held, running, strict=True):
         np.testing.assert_array_equal(before, after)
 

@@ -1,5 +1,6 @@
 """The loops of `examples/custom_loop_*.py` do what `fit` does."""
 
+import dataclasses
 import importlib
 import os
 import pathlib
@@ -15,9 +16,12 @@ from support import statistics
 from support import to_numpy
 
 import keras_srlora
+from keras_srlora.recipes.definition import RECIPES
+from keras_srlora.recipes.gate import GOING
+from keras_srlora.recipes.gate import FlatLoss
 
 BACKEND = keras.backend.backend()
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 STEPS, BATCH, INTERVAL = 20, 24, 7
 LEARNING_RATE = 3e-3
 # So small that it does not matter where it is added to the root of the second
@@ -27,6 +31,29 @@ EPSILON = 1e-12
 # bit; another version may add up in another order. torch's own Adam and loss
 # round differently from Keras's: 1e-5 after these steps.
 TOLERANCE = 1e-4 if BACKEND == "torch" else 1e-5
+
+
+@keras.saving.register_keras_serializable("test_custom_loops")
+@dataclasses.dataclass
+class ThreeReadings(FlatLoss):
+    """Opens the schedule with the mean of what it reads, whatever it is.
+
+    A flat loss takes more steps than this test has. It reads each other step,
+    and remembers the mean of the losses, so that reading others shows.
+    """
+
+    def is_due(self, step):
+        return step - self.read_at >= 2
+
+    def read(self, step, total, count):
+        self.read_at = step
+        self.points = [*self.points, (total / count, count)]
+        if len(self.points) == 3:
+            return "recompose"
+        if len(self.points) == 6:
+            self.phase = GOING
+            return "go"
+        return None
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +88,43 @@ def batches(examples):
     return [(x[i : i + BATCH], y[i : i + BATCH]) for i in starts]
 
 
-@pytest.fixture(scope="module")
-def run(examples, batches):
+def gated_recipe():
+    """Opens by itself: after three readings probes, after six goes on."""
+    return keras_srlora.Recipe(
+        start="lora",
+        selection="oldest",
+        scale="as_lora",
+        slots="zero",
+        gate=ThreeReadings,
+    )
+
+
+# The published recipe, at an interval; and the default one, in small: pairs
+# that live six steps, directions that come again, and the stop.
+RUNS = {
+    "paper": {"recipe": "paper", "interval": INTERVAL},
+    "default": {
+        "recipe": keras_srlora.Recipe(
+            **{
+                **RECIPES["adaptive"].to_dict(),
+                "steps_per_pair": 6,
+                "shortest_run": STEPS,
+            }
+        ),
+        "total_steps": STEPS,
+    },
+    "gate": {"recipe": gated_recipe(), "total_steps": STEPS},
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, examples, batches):
     """What the example's own loop leaves."""
     model, layers = adapted_model(examples)
-    optimizer, arguments = optimizer_of(model, layers)
+    arguments = RUNS[request.param]
+    recomposer = keras_srlora.Recomposer(
+        model, loop_optimizer(model), **arguments
+    )
     updates = []
     update = keras_srlora.Sensitivity.update
 
@@ -75,15 +134,14 @@ def run(examples, batches):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keras_srlora.Sensitivity, "update", counted_update)
-        losses, record = examples.loop.train(
-            model, *arguments, batches, INTERVAL
-        )
+        losses = examples.loop.train(model, recomposer, batches)
     return types.SimpleNamespace(
+        name=request.param,
+        arguments=arguments,
         model=model,
         layers=layers,
-        optimizer=optimizer,
+        recomposer=recomposer,
         losses=losses,
-        record=record,
         updates=len(updates),
     )
 
@@ -96,20 +154,18 @@ def adapted_model(examples):
     )
 
 
-def optimizer_of(model, layers):
-    """As in the examples' `main`: the optimizer, and what `train` takes."""
+def loop_optimizer(model):
+    """As in the examples' `main`."""
     if BACKEND == "torch":
         import torch
 
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             [v.value for v in model.trainable_variables],
             lr=LEARNING_RATE,
             eps=EPSILON,
             weight_decay=0.0,
         )
-        return optimizer, (keras_srlora.Sensitivity(layers), optimizer)
-    optimizer = keras_srlora.SensitivityOptimizer(keras_adam(), model)
-    return optimizer, (optimizer,)
+    return keras_adam()
 
 
 def keras_adam():
@@ -126,6 +182,7 @@ def numbers_of(model, layers):
 
 
 def test_loop_equals_fit(examples, batches, run):
+    """The same recipe: gate, schedule and stop included."""
     model, layers = adapted_model(examples)
     model.compile(
         keras_adam(),
@@ -133,7 +190,10 @@ def test_loop_equals_fit(examples, batches, run):
         # As in the loops: XLA on JAX alone.
         jit_compile=BACKEND == "jax",
     )
-    callback = keras_srlora.RecompositionCallback(interval=INTERVAL)
+    callback = keras_srlora.RecompositionCallback(
+        interval=run.arguments.get("interval"),
+        recipe=run.arguments["recipe"],
+    )
     model.fit(
         np.concatenate([x for x, _ in batches]),
         np.concatenate([y for _, y in batches]),
@@ -144,14 +204,31 @@ def test_loop_equals_fit(examples, batches, run):
     )
 
     assert len(run.losses) == STEPS
-    assert [event.step for event in run.events] == [7, 7, 14, 14]
-    for actual, expected in zip(run.events, callback.events, strict=True):
+    events = run.recomposer.events
+    steps = [event.step for event in events]
+    expected = {
+        # Six recompositions for twelve directions.
+        "paper": [7, 7, 14, 14],
+        # Half of the pairs each three steps, until 0.85 of the run.
+        "default": [s for s in (3, 6, 9, 12, 15) for _ in layers],
+    }
+    assert steps == expected.get(run.name, steps)
+    assert len(steps) >= 2
+    for actual, expected in zip(events, callback.events, strict=True):
         assert actual.step == expected.step
         assert actual.layer == expected.layer
         assert actual.slots == expected.slots
         assert actual.directions == expected.directions
         np.testing.assert_allclose(
             actual.scores, expected.scores, rtol=10 * TOLERANCE
+        )
+    if run.name == "gate":
+        # Both read the same losses at the same steps.
+        gates = (
+            x.pace.state.gate for x in (run.recomposer, callback.recomposer)
+        )
+        np.testing.assert_allclose(
+            *(gate.points for gate in gates), rtol=TOLERANCE
         )
     actual = numbers_of(run.model, run.layers)
     expected = numbers_of(model, layers)
@@ -175,14 +252,21 @@ def test_weights_file_carries_what_the_loop_needs(examples, run, tmp_path):
     """As the documentation says: a new model goes on from the file."""
     path = tmp_path / "run.weights.h5"
     model, layers = adapted_model(examples)
-    optimizer, arguments = optimizer_of(model, layers)
     if BACKEND != "torch":
-        optimizer.build(model.trainable_variables)
-        run.model.compile(run.optimizer)
-        model.compile(optimizer)
+        run.model.compile(run.recomposer.optimizer)
     run.model.save_weights(path)
+    recomposer = keras_srlora.Recomposer(
+        model, loop_optimizer(model), **run.arguments
+    )
+    if BACKEND != "torch":
+        recomposer.optimizer.build(model.trainable_variables)
+        model.compile(recomposer.optimizer)
     model.load_weights(path)
 
+    assert recomposer.steps_done == STEPS
+    np.testing.assert_array_equal(
+        recomposer.to_arrays()["state"], run.recomposer.to_arrays()["state"]
+    )
     expected = numbers_of(run.model, run.layers)
     for name, value in numbers_of(model, layers).items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
@@ -190,20 +274,20 @@ def test_weights_file_carries_what_the_loop_needs(examples, run, tmp_path):
         np.testing.assert_array_equal(layer.record.unused, saved.record.unused)
     if BACKEND != "torch":
         for variable, saved in zip(
-            optimizer.variables, run.optimizer.variables
+            recomposer.optimizer.variables, run.recomposer.optimizer.variables
         ):
             np.testing.assert_array_equal(
                 to_numpy(variable), to_numpy(saved), err_msg=variable.path
             )
 
 
-def run_script(backend, tmp_path, keras_backend=BACKEND):
+def run_script(backend, tmp_path, *arguments, keras_backend=BACKEND):
     root = pathlib.Path(keras_srlora.__file__).parents[1]
     return subprocess.run(
         [
             sys.executable,
             EXAMPLES / f"custom_loop_{backend}.py",
-            "--steps=40",
+            *arguments,
         ],
         env=os.environ
         | {
@@ -218,8 +302,15 @@ def run_script(backend, tmp_path, keras_backend=BACKEND):
     )
 
 
-def test_script_learns_and_recomposes(tmp_path):
-    done = run_script(BACKEND, tmp_path)
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_script_learns_and_recomposes(recipe, tmp_path):
+    """With its own recipe in a run that is long enough for it."""
+    steps, expected = 700, range(50, 595, 50)
+    arguments = [f"--steps={steps}"]
+    if recipe == "paper":
+        steps, expected = 40, (7, 14, 20, 27, 34)
+        arguments = [f"--steps={steps}", "--recipe=paper"]
+    done = run_script(BACKEND, tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"loss (\S+)", done.stdout)]
     assert len(losses) == 10
@@ -227,7 +318,7 @@ def test_script_learns_and_recomposes(tmp_path):
     events = re.findall(r"step (\d+): (\S+) restarted", done.stdout)
     assert events == [
         (str(step), layer)
-        for step in (6, 12, 18, 24, 30, 36)
+        for step in expected
         for layer in ("hidden_1", "hidden_2")
     ]
     before, after = re.search(

@@ -1,11 +1,9 @@
-"""A training script that runs on many devices.
+"""Training on many devices, with one function for each engine.
 
-    python tests/whole/devices_run.py ENGINE OUTPUT [PORT INDEX]
-
-`test_devices.py` runs it in child processes, since devices are made before the
-backend starts, and compares what it leaves in the folder `OUTPUT` with a run on
-one device, which it makes in its own process with `fit`. Of an engine of two
-processes the script runs twice, with `INDEX` 0 and 1.
+`test_devices.py` runs the functions in child processes, since devices are made
+before the backend starts, and compares what they leave in the folder `output`
+with a run on one device, which it makes in its own process with `fit`. Of an
+engine of two processes the function runs twice, with `index` 0 and 1.
 """
 
 import functools
@@ -14,7 +12,6 @@ import os
 import pathlib
 import re
 import signal
-import sys
 import warnings
 
 import keras
@@ -267,6 +264,10 @@ def sharded_kernels(output):
     XLA writes the programs that it compiles into the folder; in those, arrays
     have the shapes that one device holds.
     """
+    import jax
+
+    # What is read from the cache is not written there.
+    jax.config.update("jax_enable_compilation_cache", False)
     found = {}
     seen = set()
 
@@ -585,8 +586,3 @@ def resumable(output, port, index, dies=False):
 
 def killed(output, port, index):
     resumable(output, port, index, dies=index == 1)
-
-
-if __name__ == "__main__":
-    engine, output, *cluster = sys.argv[1:]
-    globals()[engine](output, *map(int, cluster))

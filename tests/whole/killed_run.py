@@ -1,16 +1,13 @@
 """A training script that may kill itself, and that resumes what it finds.
 
-    python tests/whole/killed_run.py FOLDER ROUTE OPTIMIZER MOMENT
-
-`test_resume.py` runs it as a child process, which dies of `kill -9`, and calls
-`train` in its own process for the run that resumes it, and for the one that
-nothing interrupts.
+`test_resume.py` runs `train` in a child process, which dies of `kill -9`, and
+in its own process for the run that resumes it, and for the one that nothing
+interrupts.
 """
 
 import os
 import pathlib
 import signal
-import sys
 
 import keras
 import numpy as np
@@ -153,7 +150,3 @@ def die_at(moment, model):
     elif moment == "between":
         # `BackupAndRestore` writes the number of the epoch next.
         trap(model, "save_weights", calls=1, before=False)
-
-
-if __name__ == "__main__":
-    train(*sys.argv[1:])

@@ -18,10 +18,6 @@ BACKEND = keras.backend.backend()
 # Rounding of float32 (6e-8) through some tens of layers.
 TOLERANCE = 1e-4
 
-FAILING = {
-    "Gemma4Backbone": "its feed-forward reads `kernel`: exclude it",
-}
-
 
 def exported_classes():
     """Their own names: some classes are exported under two."""
@@ -30,10 +26,7 @@ def exported_classes():
         for cls in vars(hub.models).values()
         if isinstance(cls, type) and issubclass(cls, hub.models.Backbone)
     }
-    for name in sorted(classes - backbones.ABSTRACT):
-        reason = FAILING.get(name)
-        marks = [pytest.mark.xfail(reason=reason)] if reason else []
-        yield pytest.param(name, marks=marks)
+    return sorted(classes - backbones.ABSTRACT)
 
 
 def perturb(backbone, rng):
@@ -106,7 +99,7 @@ def _compile_fast():
     "ignore:Layer .* looks like it has unbuilt state:UserWarning",
     "ignore:The 'rwkv_ops' package is not installed:UserWarning",
 )
-@pytest.mark.parametrize("name", list(exported_classes()))
+@pytest.mark.parametrize("name", exported_classes())
 def test_backbone(name, table, tmp_path, rng):
     assert name in backbones.BACKBONES, (
         f"KerasHub exports {name}, which `tests/backbones.py` does not make: "
@@ -124,7 +117,7 @@ def test_backbone(name, table, tmp_path, rng):
         pytest.importorskip("torchvision")
     expected = outputs_of(backbone, x)
     count = len(kernels(backbone))
-    row = [name, f"0 of {count}", FAILING.get(name)]
+    row = [name, f"0 of {count}", None]
     table.append(row)
     if name in backbones.CONVOLUTIONAL:
         assert count == 0

@@ -1,21 +1,17 @@
 """Many devices take the same decisions, and end where one device ends."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 
 import devices_run
 import keras
 import numpy as np
 import pytest
-from support import python_path
+from processes import Child
 
 BACKEND = keras.backend.backend()
-SCRIPT = pathlib.Path(devices_run.__file__)
 
 
 def only_on(backend):
@@ -23,17 +19,11 @@ def only_on(backend):
 
 
 def run(engine, folder, ports=(), index=0):
-    """Starts the script in a child process."""
-    cluster = [str(ports[0]), str(index)] if ports else []
+    """Starts a function of `devices_run.py` in a child process."""
     flags = f"--xla_force_host_platform_device_count={2 if ports else 4}"
     if engine == "sharded_kernels":
         flags += f" --xla_dump_to={folder} --xla_dump_hlo_as_text"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": python_path(),
-        "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": flags,
-    }
+    environment = {"XLA_FLAGS": flags}
     if engine == "multi_worker":
         workers = [f"127.0.0.1:{port}" for port in ports]
         environment["TF_CONFIG"] = json.dumps(
@@ -42,24 +32,12 @@ def run(engine, folder, ports=(), index=0):
                 "task": {"type": "worker", "index": index},
             }
         )
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), engine, str(folder), *cluster],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    return Child(
+        getattr(devices_run, engine),
+        (folder, ports[0], index) if ports else (folder,),
+        folder / f"log_{engine}_{index}.txt",
+        environment,
     )
-
-
-def output_of(child, returncode=0):
-    try:
-        output, _ = child.communicate(timeout=900)
-    except subprocess.TimeoutExpired:
-        # It may wait for another one that failed.
-        child.kill()
-        output, _ = child.communicate()
-    assert child.returncode == returncode, output[-4000:]
-    return output
 
 
 def load(folder, name="run"):
@@ -98,7 +76,7 @@ def start_two(engine, folder):
 
 def run_two(engine, folder):
     for child in start_two(engine, folder):
-        output_of(child)
+        child.assert_ends()
     first, second = (load(folder, f"process_{index}") for index in (0, 1))
     assert_equal_to_the_bit(first, second)
     return first
@@ -106,7 +84,7 @@ def run_two(engine, folder):
 
 @only_on("tensorflow")
 def test_mirrored_strategy(on_one_device, tmp_path):
-    output_of(run("mirrored", tmp_path))
+    run("mirrored", tmp_path).assert_ends()
     found = load(tmp_path)
     assert_ends_where_one_device_does(found, on_one_device)
     # The scores are of the gradient of the whole batch.
@@ -118,7 +96,7 @@ def test_mirrored_strategy(on_one_device, tmp_path):
 
 @only_on("tensorflow")
 def test_a_gradient_must_be_finite_on_all_replicas(tmp_path):
-    output_of(run("mirrored_mishaps", tmp_path))
+    run("mirrored_mishaps", tmp_path).assert_ends()
     found = load(tmp_path)
     assert not found["factor"].any() and not found["head"].any()
     assert (found["nothing"] > 0).any(axis=-1).all()
@@ -134,7 +112,7 @@ def test_multi_worker_loop(on_one_device, tmp_path):
 
 @only_on("jax")
 def test_one_process_of_four_devices(on_one_device, tmp_path):
-    output_of(run("one_process", tmp_path))
+    run("one_process", tmp_path).assert_ends()
     found = load(tmp_path, "data_parallel")
     assert_ends_where_one_device_does(found, on_one_device)
     for device in range(4):
@@ -159,7 +137,7 @@ def test_one_process_of_four_devices(on_one_device, tmp_path):
 @pytest.fixture(scope="module")
 def sharded_kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded_kernels")
-    output_of(run("sharded_kernels", folder))
+    run("sharded_kernels", folder).assert_ends()
     return load(folder)
 
 
@@ -233,16 +211,15 @@ def test_two_processes_killed_and_resumed(tmp_path):
     whole.mkdir()
     folder.mkdir()
     first, second = start_two("killed", folder)
-    output_of(second, -signal.SIGKILL)
+    second.assert_ends(-signal.SIGKILL)
     first.kill()
-    first.communicate()
     # One process had saved the epoch, the other was about to.
     names = {path.name for path in folder.glob("epoch-*")}
     assert "epoch-02-1.weights.h5" in names
     assert "epoch-03-1.weights.h5" not in names
     children = start_two("resumable", folder), start_two("resumable", whole)
     for child in sum(children, []):
-        output_of(child)
+        child.assert_ends()
     for index in (0, 1):
         resumed, expected = (
             load(x, f"process_{index}") for x in (folder, whole)

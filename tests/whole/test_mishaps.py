@@ -77,7 +77,14 @@ def assert_only_factors_are_lost(data, optimizer="adam"):
     assert_same_variables(held["kernels"], kernels(model))
     for name, old in held["states"].items():
         new = states(model)[name]
-        for key in ("fused_a", "fused_b", "anchors", "used", "events", "left"):
+        for key in (
+            "fused_a",
+            "fused_b",
+            "anchors",
+            "visits",
+            "events",
+            "left",
+        ):
             np.testing.assert_array_equal(old[key], new[key], key)
     # The pretrained model is still there.
     with keras_srlora.adapter_disabled(model):
@@ -222,7 +229,7 @@ def test_restored_best_weights_take_their_record_with_them():
     for name, expected in states(other).items():
         state = states(model)[name]
         assert len(whole[name]["events"]) > len(state["events"]) == 1
-        for key in ("used", "anchors", "slot_direction", "slot_started"):
+        for key in ("visits", "anchors", "slot_direction", "slot_started"):
             np.testing.assert_array_equal(state[key], expected[key], key)
         for key in ("fused_a", "fused_b", "events"):
             np.testing.assert_array_equal(state[key], expected[key], key)

@@ -1,33 +1,28 @@
 """A run that is killed and started again ends where it would have ended."""
 
-import os
-import pathlib
+import functools
 import signal
-import subprocess
-import sys
 import warnings
 
 import killed_run
 import numpy as np
 import pytest
+from processes import Child
 from support import OF_OTHERS
-from support import python_path
 from support import state_arrays
 from support import to_numpy
 
-SCRIPT = pathlib.Path(killed_run.__file__)
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What a run leaves that nothing kills; the same for all moments."""
 
-def killed(folder, route, optimizer, moment):
-    """Runs the script in a child process, which dies."""
-    child = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), route, optimizer, moment],
-        env={**os.environ, "PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    @functools.cache
+    def train(route, optimizer):
+        folder = tmp_path_factory.mktemp("whole")
+        return everything(killed_run.train(folder, route, optimizer))
+
+    return train
 
 
 def everything(model):
@@ -41,12 +36,17 @@ def everything(model):
     return found
 
 
-def assert_resumes(tmp_path, route, optimizer, moment, match=None):
-    folder, other = tmp_path / "killed", tmp_path / "whole"
+def assert_resumes(
+    uninterrupted, tmp_path, route, optimizer, moment, match=None
+):
+    folder = tmp_path / "killed"
     folder.mkdir()
-    other.mkdir()
-    killed(folder, route, optimizer, moment)
-    whole = everything(killed_run.train(other, route, optimizer))
+    Child(
+        killed_run.train,
+        (folder, route, optimizer, moment),
+        log=tmp_path / "log.txt",
+    ).assert_ends(-signal.SIGKILL)
+    whole = uninterrupted(route, optimizer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", OF_OTHERS)
@@ -68,20 +68,24 @@ def assert_resumes(tmp_path, route, optimizer, moment, match=None):
 
 @pytest.mark.parametrize("moment", ["middle", "recomposition", "writing"])
 @pytest.mark.parametrize("route", ["backup", ".keras", ".weights.h5"])
-def test_routes_and_moments(route, moment, tmp_path):
-    assert_resumes(tmp_path, route, "adam", moment)
+def test_routes_and_moments(route, moment, uninterrupted, tmp_path):
+    assert_resumes(uninterrupted, tmp_path, route, "adam", moment)
 
 
-def test_a_backup_without_its_epoch(tmp_path):
+def test_a_backup_without_its_epoch(uninterrupted, tmp_path):
     """Killed after Keras wrote the weights, before the number of the epoch."""
     assert_resumes(
-        tmp_path, "backup", "adam", "between", "goes on after epoch 3"
+        uninterrupted,
+        tmp_path,
+        "backup",
+        "adam",
+        "between",
+        "goes on after epoch 3",
     )
 
 
 @pytest.mark.parametrize("optimizer", [*killed_run.OPTIMIZERS][1:])
-def test_optimizers(optimizer, tmp_path):
-    route = {"lion": ".keras", "adafactor": ".weights.h5"}
-    assert_resumes(
-        tmp_path, route.get(optimizer, "backup"), optimizer, "middle"
-    )
+def test_optimizers(optimizer, uninterrupted, tmp_path):
+    routes = {"lion": ".keras", "adafactor": ".weights.h5"}
+    route = routes.get(optimizer, "backup")
+    assert_resumes(uninterrupted, tmp_path, route, optimizer, "middle")

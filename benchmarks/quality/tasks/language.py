@@ -1,0 +1,126 @@
+"""A causal language model of bytes, from film reviews to source code."""
+
+import functools
+import pathlib
+import sysconfig
+
+import keras
+import numpy as np
+
+from benchmarks.quality import data
+from benchmarks.quality.tasks.task import Task
+from benchmarks.quality.tasks.task import classification
+from benchmarks.quality.tasks.texts import BERT_TARGETS
+
+BATCH_SIZE = 16
+
+
+def gpt(width):
+    """A KerasHub backbone under its own embedding as the head."""
+    import keras_hub
+
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=256,
+        num_layers=3,
+        num_heads=4,
+        hidden_dim=width,
+        intermediate_dim=4 * width,
+        dropout=0.0,
+        max_sequence_length=width,
+        name="backbone",
+    )
+    tokens = keras.Input((None,), dtype="int32", name="token_ids")
+    mask = keras.ops.ones_like(tokens)
+    x = backbone({"token_ids": tokens, "padding_mask": mask})
+    return keras.Model(tokens, backbone.token_embedding(x, reverse=True))
+
+
+def windows(text, length, count=None, seed=0):
+    """`(inputs, next bytes)` of consecutive windows, shuffled."""
+    stream = np.frombuffer(text, "uint8")
+    size = length + 1
+    chunks = stream[: len(stream) // size * size].reshape(-1, size)
+    order = np.random.default_rng(seed).permutation(len(chunks))[:count]
+    chunks = chunks[order].astype("int32")
+    return chunks[:, :-1], chunks[:, 1:]
+
+
+def reviews():
+    """The reviews, one a line."""
+    return "\n".join(data.imdb()[0]).encode()
+
+
+def source_code():
+    """The standard library of this Python without its tests.
+
+    Three texts: to train, to validate and to test on, of different files.
+    """
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not left_out & set(path.relative_to(root).parts)
+    ]
+    order = np.random.default_rng(0).permutation(len(files))
+    parts = np.split(order, [len(order) // 20, len(order) // 10])
+    validation, test, train = (
+        b"\n".join(files[i].read_bytes() for i in part) for part in parts
+    )
+    return train, validation, test
+
+
+def pretrain_gpt(width, folder):
+    """On film reviews; 3,000 steps."""
+    keras.utils.set_random_seed(0)
+    steps = 3000
+    x, y = windows(reviews(), width, BATCH_SIZE * steps)
+    model = gpt(width)
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, steps, warmup_target=2e-3, warmup_steps=200
+    )
+    model.compile(
+        keras.optimizers.AdamW(rate, weight_decay=0.05), classification()
+    )
+    model.fit(x, y, batch_size=BATCH_SIZE, epochs=1, verbose=2)
+    model.save_weights(folder / "gpt.weights.h5")
+
+
+def code(steps, width=96):
+    """A GPT adapted to Python's standard library; no new head.
+
+    As many bytes a window as the model is wide.
+    """
+    folder = data.fetched(
+        f"gpt-{width}-reviews", functools.partial(pretrain_gpt, width)
+    )
+    train, validation, test = source_code()
+    x, y = windows(train, width)
+    epochs = -(-steps * BATCH_SIZE // len(x))
+    count = steps // epochs * BATCH_SIZE
+
+    def build(seed):
+        model = gpt(width)
+        model.load_weights(folder / "gpt.weights.h5")
+        return model
+
+    return Task(
+        build=build,
+        targets=BERT_TARGETS,
+        splits={
+            "train": (x[:count], y[:count]),
+            "validation": windows(validation, width, 512),
+            "test": windows(test, width, 1024),
+        },
+        loss=classification(),
+        metrics=[],
+        batch_size=BATCH_SIZE,
+        epochs=epochs,
+    )
+
+
+TASKS = {
+    "code": functools.partial(code, 2000),
+    "code_6000": functools.partial(code, 6000),
+    "code_small": functools.partial(code, 2000, width=64),
+}

@@ -1,0 +1,97 @@
+"""The weighted sum of adapters, exactly, as one adapter of the same layer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keras_srlora.functional.low_rank import balanced
+from keras_srlora.functional.low_rank import thin_svd
+from keras_srlora.layers import pairs
+from keras_srlora.layers.record import EVENT
+from keras_srlora.layers.record import Record
+
+
+def combined(layer, states, weights):
+    """The weighted sum of whole updates, as the state of one layer.
+
+    The largest pairs become the factors. What they have no room for goes into
+    the frozen kernel as if it had been fused there, and takes up directions.
+
+    Args:
+        layer: an SRLoRA layer.
+        states: list of `LayerState`.
+        weights: list of floats.
+
+    Returns:
+        `(a, b, record)`; `None` where there is no update at all.
+
+    Raises:
+        ValueError: if an update is not finite, or the sum needs a higher rank
+            than the layer has room for.
+    """
+    if not states:
+        return None
+    parts = [state.update() for state in states]
+    a = np.concatenate([w * a for w, (a, _) in zip(weights, parts)])
+    b = np.concatenate([b for _, b in parts])
+    a, b = (x.astype("float32") for x in (a, b))
+    # No entry of the product is larger than that of the norms.
+    if not np.isfinite(np.linalg.norm(a) * np.linalg.norm(b)):
+        raise ValueError(
+            f"The adapters of layer {layer.path!r} have a sum that is NaN or "
+            "infinite. Delete the one whose training diverged."
+        )
+    left, values, right = thin_svd(a, b)
+    record = next((x.record for x in states if x.record.initialized), None)
+    if record is None or not len(values):
+        return None
+    rest = max(0, len(values) - layer.rank)
+    _check_room(layer, record, rest)
+    root = np.sqrt(values)
+    record = _with_fused(
+        record,
+        layer.rank,
+        (left * root).T[layer.rank :] / layer.scale,
+        (root[:, None] * right)[layer.rank :],
+    )
+    a, b = balanced(left, values, right, layer.rank)
+    a = a.T / layer.scale
+    # A pair of zeros would never be trained.
+    empty = slice(len(values), None)
+    a[empty] = np.array(pairs.a_initializer(layer)(a.shape))[empty]
+    return a.astype("float32"), b.astype("float32"), record
+
+
+def _check_room(layer, record, rest):
+    room = len(record.directions.singular_values)
+    if layer.frozen.room is not None:
+        room = min(room, layer.frozen.room)
+    if rest > room:
+        raise ValueError(
+            f"The weighted sum needs rank {layer.rank + rest} in layer "
+            f"{layer.path!r}, and there is room for {layer.rank + room}: its "
+            f"rank, {layer.rank}, and {room} fused pairs. Combine fewer "
+            "adapters, or convert the model with a higher `rank` or "
+            "`target_rank` and train them there."
+        )
+
+
+def _with_fused(record, rank, fused_a, fused_b):
+    """A record with pairs that were fused, and nothing else that happened."""
+    found = record.directions
+    # Those that an adapter file left out are of no use.
+    missing = np.flatnonzero(~found.left.any(axis=1))
+    others = np.setdiff1d(np.arange(len(found.left)), missing)[::-1]
+    count = max(len(fused_a), len(missing))
+    # Each pair that is fused takes up a direction; the last ones first.
+    taken = np.concatenate([missing, others])[:count].astype("int64")
+    combined = Record.start(found, rank)
+    combined.visits[taken] = 1
+    padding = ((0, count - len(fused_a)), (0, 0))
+    combined.add_fused(
+        np.pad(fused_a, padding).astype("float32"),
+        np.pad(fused_b, padding).astype("float32"),
+    )
+    columns = {name: np.zeros(count) for name in EVENT}
+    combined.add_events({**columns, "direction": taken})
+    return combined

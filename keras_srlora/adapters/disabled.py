@@ -1,0 +1,49 @@
+"""`adapter_disabled`."""
+
+from __future__ import annotations
+
+import contextlib
+
+import keras
+
+from keras_srlora.layers.find import require_records
+from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.switched_off import is_switched_off
+from keras_srlora.layers.switched_off import switch_off
+from keras_srlora.layers.switched_off import switch_on
+
+
+@contextlib.contextmanager
+def adapter_disabled(model: keras.Model):
+    """Inside the `with` block the SRLoRA layers compute what they did before.
+
+    Their kernels are the pretrained ones, to rounding, and their low-rank part
+    is zero; afterwards, also after an exception, everything is put back to the
+    bit. Other trained variables (a head, biases) are left as they are. Blocks
+    may be nested.
+
+    For inference: training, merging, loading or exporting an adapter inside
+    raises `ValueError`. A file that is saved inside holds the pretrained model.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers.
+
+    Raises:
+        ValueError: if there is no SRLoRA layer, or one has a record of other
+            weights or none.
+
+    Example:
+
+    ```python
+    with keras_srlora.adapter_disabled(model):
+        pretrained_logits = model.predict(x)
+    ```
+    """
+    layers = srlora_layers(model)
+    on = [layer for layer in layers if not is_switched_off(layer)]
+    require_records(on)
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            switch_off(layer)
+            stack.callback(switch_on, layer)
+        yield model

@@ -1,0 +1,256 @@
+"""Several adapters on one model, by name, of which one is current."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+
+from keras_srlora.adapters.combine import combined
+from keras_srlora.adapters.others import warn_of_trained
+from keras_srlora.adapters.save_load import clear
+from keras_srlora.adapters.save_load import put_on
+from keras_srlora.adapters.save_load import read_for
+from keras_srlora.adapters.waiting import ARGUMENTS
+from keras_srlora.adapters.waiting import find_adapters
+from keras_srlora.backend.arguments import is_number
+from keras_srlora.conversion.holders import Holders
+from keras_srlora.layers import pairs
+from keras_srlora.layers.find import require_records
+
+
+def list_adapters(model: keras.Model) -> list[str]:
+    """The names of a model's adapters, in the order in which they were added.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers.
+
+    Returns:
+        List of strings; `["default"]` where none was added.
+    """
+    return list(find_adapters(model).names)
+
+
+def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
+    """Gives a model another adapter, which is current from then on.
+
+    The one that was current is kept on the host under its name, `"default"` at
+    first, with the values of what else is trained (a head, biases,
+    `modules_to_save`); `set_adapter` brings it back. Training, saving,
+    exporting and merging act on the current one.
+
+    A fresh adapter computes what the pretrained kernels do; what else is
+    trained goes on from the values that it has.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers.
+        name: str. The name of the new adapter.
+        filepath: path of a file that `save_adapter` wrote, of the same rank.
+            Defaults to `None`: a fresh adapter.
+
+    Returns:
+        The name of the adapter that was current.
+
+    Raises:
+        ValueError: before anything is changed, if there is no SRLoRA layer, the
+            name is taken, a layer has a record of other weights or none, inside
+            of `adapter_disabled`, or, as in `load_adapter`, if the file does
+            not fit.
+
+    Example:
+
+    ```python
+    keras_srlora.enable_srlora(model, rank=8)
+    model.fit(reviews, callbacks=[keras_srlora.RecompositionCallback()])
+    keras_srlora.add_adapter(model, "questions", "questions.safetensors")
+    keras_srlora.set_adapter(model, "default")
+    ```
+    """
+    adapters = find_adapters(model)
+    _check_new(adapters, name)
+    require_records(adapters.layers)
+    checked = None if filepath is None else read_for(model, filepath)
+    kept = adapters.keep(model)
+    if checked is None:
+        warn_of_trained(
+            model,
+            adapters.layers,
+            "go on from the values that they have in the new adapter",
+        )
+        for layer in adapters.layers:
+            clear(layer)
+            a = layer.factors[0]
+            a.assign(pairs.a_initializer(layer)(a.shape, dtype=a.dtype))
+    else:
+        put_on(model, *checked)
+    return _make_current(adapters, model, name, kept)
+
+
+def set_adapter(model: keras.Model, name: str) -> str:
+    """Makes another adapter current; the present one is kept.
+
+    Nothing is converted, and compiled functions stay, unless the scale of the
+    factors (`lora_alpha`) is another one. Compile the model again before you
+    train the adapter: the optimizer's moments are those of the last one.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers.
+        name: str. One of `list_adapters(model)`.
+
+    Returns:
+        The name of the adapter that was current.
+
+    Raises:
+        ValueError: before anything is changed, if there is no adapter of that
+            name, a layer has other weights than those that the adapters were
+            kept on, or inside of `adapter_disabled`.
+    """
+    adapters = find_adapters(model)
+    _check_known(adapters, name)
+    if name == adapters.current:
+        return name
+    require_records(adapters.layers)
+    adapter = adapters.waiting[name]
+    adapters.check_kernels(adapter)
+    kept = adapters.keep(model)
+    holders = None
+    if adapters.changes_scales(adapter):
+        holders = Holders(model, adapters.layers)
+    adapters.put_on(adapter)
+    if holders is not None:
+        holders.follow()
+    del adapters.waiting[name]
+    return _make_current(adapters, model, name, kept)
+
+
+def delete_adapter(model: keras.Model, name: str) -> None:
+    """Forgets an adapter that is not current.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers.
+        name: str. One of `list_adapters(model)`.
+
+    Raises:
+        ValueError: if there is no adapter of that name, or it is current.
+    """
+    adapters = find_adapters(model)
+    _check_known(adapters, name)
+    if name == adapters.current:
+        raise ValueError(
+            f"Adapter {name!r} is current: call `set_adapter(model, ...)` with "
+            "another one first, or `unload_srlora(model)` to be rid of all. "
+            f"Received: name={name!r} of {adapters.names}"
+        )
+    del adapters.waiting[name]
+    adapters.names.remove(name)
+
+
+def combine_adapters(
+    model: keras.Model, weights: dict[str, float], name: str = "combined"
+) -> str:
+    """Adds the weighted sum of adapters as a new one, which is then current.
+
+    Each kernel gets the weighted sum of the whole updates, whatever was fused
+    and restarted, exactly: the largest pairs become the factors, the others go
+    into the frozen kernel as fused pairs, of which there is room for
+    `target_rank`. What else is trained keeps its values.
+
+    Args:
+        model: a `keras.Model` with SRLoRA layers.
+        weights: dict from names of adapters to numbers.
+        name: str. The name of the new adapter. Defaults to `"combined"`.
+
+    Returns:
+        The name of the adapter that was current.
+
+    Raises:
+        ValueError: before anything is changed, if a name is not known or the
+            new one is taken, a weight is no finite number, a sum is not finite
+            or needs a higher rank than there is room for, or as `set_adapter`
+            does.
+
+    Example:
+
+    ```python
+    keras_srlora.combine_adapters(model, {"reviews": 0.7, "questions": 0.3})
+    ```
+    """
+    adapters = find_adapters(model)
+    _check_new(adapters, name)
+    _check_weights(adapters, weights)
+    require_records(adapters.layers)
+    kept = adapters.keep(model)
+    known = {**adapters.waiting, adapters.current: kept}
+    for part in weights:
+        adapters.check_kernels(known[part])
+    sums = [
+        combined(layer, *_of_layer(layer, known, weights))
+        for layer in adapters.layers
+    ]
+    for layer, of_layer in zip(adapters.layers, sums):
+        if of_layer is None:
+            clear(layer)
+        else:
+            a, b, record = of_layer
+            arguments = {x: getattr(layer, x) for x in ARGUMENTS}
+            pairs.restore_adapter(layer, a, b, arguments, record)
+    return _make_current(adapters, model, name, kept)
+
+
+def _of_layer(layer, known, weights):
+    """The states of the adapters that have a part in a layer; their weights."""
+    states = [known[name].state_of(layer) for name in weights]
+    found = [
+        (state, float(weight))
+        for state, weight in zip(states, weights.values())
+        if state is not None
+    ]
+    return [state for state, _ in found], [weight for _, weight in found]
+
+
+def _make_current(adapters, model, name, kept):
+    """Notes that the layers hold another adapter; returns the former name."""
+    before = adapters.current
+    adapters.waiting[before] = kept
+    adapters.current = name
+    if name not in adapters.names:
+        adapters.names.append(name)
+    adapters.attach(model)
+    return before
+
+
+def _check_new(adapters, name):
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            "The name of an adapter must be a string that is not empty. "
+            f"Received: name={name!r}"
+        )
+    if name in adapters.names:
+        raise ValueError(
+            f"The model has an adapter {name!r} already: choose another name, "
+            f"or delete it first. Received: name={name!r}, and there are "
+            f"{adapters.names}"
+        )
+
+
+def _check_known(adapters, name):
+    if name not in adapters.names:
+        raise ValueError(
+            "The model has no adapter of that name. Received: "
+            f"name={name!r}; there are {adapters.names}"
+        )
+
+
+def _check_weights(adapters, weights):
+    if not isinstance(weights, dict) or not weights:
+        raise ValueError(
+            "`weights` must be a dict from names of adapters to numbers, as in "
+            f'`{{"reviews": 0.7}}`. Received: weights={weights!r}'
+        )
+    for name, weight in weights.items():
+        _check_known(adapters, name)
+        if not is_number(weight) or not math.isfinite(weight):
+            raise ValueError(
+                "The weight of an adapter must be a finite number. "
+                f"Received: {weight!r} for {name!r}"
+            )

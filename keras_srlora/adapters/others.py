@@ -1,0 +1,97 @@
+"""What is trained beside the factors: a head, biases, whole layers."""
+
+from __future__ import annotations
+
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_srlora.backend import devices
+from keras_srlora.backend import keras_private
+
+
+def trainable_beside(model: keras.Model, layers) -> list:
+    """The trainable variables of a model that are no factors of its layers."""
+    factors = {id(v) for layer in layers for v in layer.factors}
+    return [v for v in model.trainable_variables if id(v) not in factors]
+
+
+def saved_always(model: keras.Model, layers) -> list:
+    """The variables of the layers that `modules_to_save` names, in order."""
+    paths = {
+        path
+        for layer in layers
+        for path in getattr(layer, "modules_to_save", ())
+    }
+    states = {id(state) for state in keras_private.seed_states(model)}
+    found = {
+        id(variable): variable
+        for layer in keras_private.flatten_layers(model)
+        if layer.path in paths
+        for variable in layer.variables
+        if id(variable) not in states
+    }
+    return list(found.values())
+
+
+def trained_beside(model: keras.Model, layers) -> list:
+    """Those that are trained though they have a pretrained value.
+
+    Biases of the adapted layers, what else is trainable in the blocks that
+    these are inside of, and `modules_to_save`. A head is none of them: it has
+    no pretrained value to go back to.
+    """
+    adapted = {id(layer) for layer in layers}
+    pretrained = {id(v) for v in saved_always(model, layers)}
+    for part in keras_private.flatten_layers(model):
+        is_block = not isinstance(part, keras.Model) or _is_backbone(part)
+        if is_block and keras_private.inside(part) & adapted:
+            pretrained.update(id(v) for v in part.variables)
+    beside = trainable_beside(model, layers)
+    return [v for v in beside if id(v) in pretrained]
+
+
+def warn_of_trained(model, layers, what, stacklevel=3) -> None:
+    """Warns where `trained_beside` finds any.
+
+    Args:
+        model: a `keras.Model`.
+        layers: list of its SRLoRA layers.
+        what: str. What becomes of them: `"are left as they are"`.
+        stacklevel: int, as in `warnings.warn`.
+    """
+    found = [v.path for v in trained_beside(model, layers)]
+    if found:
+        warnings.warn(
+            f"{len(found)} trained variables of the pretrained part that are "
+            f"no SRLoRA factors {what}: {found[:4]}. The model computes what "
+            "it did before training only if they did not change.",
+            stacklevel=stacklevel,
+        )
+
+
+def _is_backbone(model):
+    # By name, so that keras_hub need not be imported.
+    return any(
+        cls.__name__ == "Backbone" and cls.__module__.startswith("keras_hub")
+        for cls in type(model).__mro__
+    )
+
+
+def to_numpy(variable) -> np.ndarray:
+    """A variable's value on the host, in float32."""
+    value = ops.cast(ops.convert_to_tensor(variable), "float32")
+    return np.array(devices.to_numpy(value))
+
+
+def check_finite_variables(variables) -> None:
+    """Raises `ValueError` where one has entries that are NaN or infinite."""
+    for variable in variables:
+        if not np.isfinite(to_numpy(variable)).all():
+            raise ValueError(
+                f"The trainable variable {variable.path!r} has entries that "
+                "are NaN or infinite: training diverged. Load an earlier "
+                "checkpoint, and train with a smaller learning rate."
+            )

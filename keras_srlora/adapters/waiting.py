@@ -1,0 +1,198 @@
+"""Adapters that wait on the host while another one is current."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_srlora.adapters.format import has_fingerprint
+from keras_srlora.adapters.others import saved_always
+from keras_srlora.adapters.others import trainable_beside
+from keras_srlora.adapters.save_load import clear
+from keras_srlora.backend import devices
+from keras_srlora.functional.fingerprint import fingerprint
+from keras_srlora.layers import pairs
+from keras_srlora.layers.base import SRLoRALayer
+from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.record import Record
+from keras_srlora.layers.switched_off import check_switched_on
+
+# Arguments of a layer that may differ from one adapter to the next.
+ARGUMENTS = (
+    "target_rank",
+    "lora_alpha",
+    "use_rslora",
+    "modules_to_save",
+    "recipe",
+)
+
+
+class LayerState(NamedTuple):
+    """What one adapter is in one layer.
+
+    Attributes:
+        layer: the SRLoRA layer.
+        arguments: dict of `ARGUMENTS`.
+        scale: float. The scale of the factors' product.
+        a: array of shape `(rank, in)`.
+        b: array of shape `(rank, out)`.
+        record: `Record`.
+        companions: dict of arrays: statistics and place of a run.
+        pretrained: fingerprint of the pretrained kernel.
+    """
+
+    layer: SRLoRALayer
+    arguments: dict
+    scale: float
+    a: np.ndarray
+    b: np.ndarray
+    record: Record
+    companions: dict
+    pretrained: list
+
+    def update(self):
+        """The whole update of the kernel, as two factors."""
+        fused_a, fused_b = self.layer_rows()
+        return (
+            np.concatenate([fused_a, self.scale * self.a]),
+            np.concatenate([fused_b, self.b]),
+        )
+
+    def layer_rows(self):
+        """What is in the frozen kernel, as two factors."""
+        if self.record.initialized:
+            return self.record.frozen_rows(self.scale)
+        return self.a[:0], self.b[:0]
+
+
+@dataclasses.dataclass
+class Adapter:
+    """One adapter: what it is in each layer, and what was trained beside it."""
+
+    layers: list[LayerState]
+    variables: list[tuple]
+
+    def state_of(self, layer) -> LayerState | None:
+        """What it is in one layer; `None` where it has no part in it."""
+        return next((x for x in self.layers if x.layer is layer), None)
+
+
+@dataclasses.dataclass
+class Adapters:
+    """The named adapters of a model.
+
+    Attributes:
+        current: name of the one that the layers hold.
+        waiting: the others, by name.
+        names: all names, in the order in which they were added.
+        layers: the SRLoRA layers that they have a part in.
+    """
+
+    current: str = "default"
+    waiting: dict[str, Adapter] = dataclasses.field(default_factory=dict)
+    names: list[str] = dataclasses.field(default_factory=lambda: ["default"])
+    layers: list = dataclasses.field(default_factory=list)
+
+    def keep(self, model) -> Adapter:
+        """The current adapter, as it is now, on the host."""
+        beside = [
+            *saved_always(model, self.layers),
+            *trainable_beside(model, self.layers),
+            # Of a head that is frozen meanwhile, for example.
+            *(v for kept in self.waiting.values() for v, _ in kept.variables),
+        ]
+        variables = {id(v): v for v in beside}.values()
+        return Adapter(
+            [_state_of(layer) for layer in self.layers],
+            [(v, _on_host(v)) for v in variables],
+        )
+
+    def check_kernels(self, adapter) -> None:
+        """Raises where an adapter was kept on other pretrained kernels."""
+        for state in adapter.layers:
+            layer = state.layer
+            matrix = pairs.pretrained_matrix(layer)
+            if not has_fingerprint(matrix, state.pretrained):
+                raise ValueError(
+                    f"The pretrained kernel of layer {layer.path!r} is not the "
+                    "one that the adapter was kept on: other weights were "
+                    "loaded meanwhile. Load the former ones, or delete the "
+                    "adapter and add it again."
+                )
+
+    def changes_scales(self, adapter) -> bool:
+        """Whether compiled functions hold other scales than an adapter's."""
+        return any(x.scale != x.layer.scale for x in adapter.layers)
+
+    def put_on(self, adapter) -> None:
+        """Lets the layers hold an adapter."""
+        for layer in self.layers:
+            state = adapter.state_of(layer)
+            if state is None:
+                clear(layer)
+                continue
+            pairs.restore_adapter(
+                layer, state.a, state.b, state.arguments, state.record
+            )
+            layer.companions.restore(state.companions)
+        for variable, value in adapter.variables:
+            variable.assign(value)
+
+    def attach(self, model) -> None:
+        """Lets all SRLoRA layers of a model take part."""
+        known = set(map(id, self.layers))
+        self.layers += [x for x in srlora_layers(model) if id(x) not in known]
+        for layer in self.layers:
+            layer.companions.adapters = self
+
+
+def find_adapters(model) -> Adapters:
+    """The named adapters of a model: one, where none was added yet.
+
+    Raises:
+        ValueError: if there is no SRLoRA layer, adapters are switched off, or
+            parts of the model have named adapters of their own.
+    """
+    layers = srlora_layers(model)
+    check_switched_on(layers)
+    found = {
+        id(layer.companions.adapters): layer.companions.adapters
+        for layer in layers
+        if layer.companions.adapters is not None
+    }
+    if len(found) > 1:
+        raise ValueError(
+            "Parts of the model have named adapters of their own, so that it "
+            "is not clear which ones are meant: pass one of those parts. "
+            f"Received: model {model.name!r} with "
+            f"{[x.names for x in found.values()]}"
+        )
+    adapters = next(iter(found.values()), None) or Adapters()
+    # A part of the model may have been merged since.
+    adapters.layers = [
+        x
+        for x in adapters.layers
+        if isinstance(x, SRLoRALayer) and x.companions.adapters is adapters
+    ]
+    known = set(map(id, adapters.layers))
+    adapters.layers += [x for x in layers if id(x) not in known]
+    return adapters
+
+
+def _state_of(layer):
+    return LayerState(
+        layer,
+        {name: getattr(layer, name) for name in ARGUMENTS},
+        layer.scale,
+        *(_on_host(v) for v in layer.factors),
+        layer.record,
+        layer.companions.to_arrays(),
+        fingerprint(pairs.pretrained_matrix(layer)),
+    )
+
+
+def _on_host(variable):
+    return np.array(devices.to_numpy(ops.convert_to_tensor(variable)))

@@ -1,0 +1,82 @@
+"""Switching the adapter of a layer off for a while, and on again."""
+
+from __future__ import annotations
+
+import numpy as np
+from keras import ops
+
+from keras_srlora.backend import devices
+from keras_srlora.layers import pairs
+from keras_srlora.layers.companions import Companions
+
+# What is switched off now, by the id of the layer: `_SwitchedOff`.
+_NOW = {}
+
+
+def switch_off(layer):
+    """Makes a layer compute its pretrained kernel, until it is switched on.
+
+    It is then like one whose kernel was not decomposed yet, so that a file that
+    is saved meanwhile holds the pretrained model. May be asked several times;
+    it lasts until it was taken back as often.
+    """
+    now = _NOW.get(id(layer)) or _SwitchedOff(layer)
+    now.count += 1
+    _NOW[id(layer)] = now
+
+
+def switch_on(layer):
+    """Takes one `switch_off` back; everything is as before, to the bit."""
+    now = _NOW[id(layer)]
+    now.count -= 1
+    if not now.count:
+        del _NOW[id(layer)]
+        now.restore()
+
+
+def is_switched_off(layer) -> bool:
+    """Whether a layer computes its pretrained kernel for a while."""
+    return id(layer) in _NOW
+
+
+def check_switched_on(layers):
+    """Raises `ValueError` where an adapter is switched off."""
+    found = [layer.path for layer in layers if is_switched_off(layer)]
+    if found:
+        raise ValueError(
+            "Inside of `adapter_disabled` the SRLoRA layers have pretrained "
+            "kernels and no adapter: this can only be done outside of it. "
+            "Leave the `with` block first; for the plain pretrained model, "
+            "call `keras_srlora.unload_srlora(model)` there. Received: "
+            f"{len(found)} layers that are switched off, such as {found[0]!r}"
+        )
+
+
+class _SwitchedOff:
+    """What a layer had before, and is given back."""
+
+    def __init__(self, layer):
+        self.count = 0
+        self._layer = layer
+        variables = (*layer.frozen.variables, *layer.factors)
+        # On the host: no second copy of the kernels on an accelerator.
+        self._values = [
+            (v, np.array(devices.to_numpy(ops.convert_to_tensor(v))))
+            for v in variables
+        ]
+        self._frozen = layer.frozen.to_arrays()
+        self._record = layer.record
+        self._companions = layer.companions
+        try:
+            pairs.disable_adapter(layer)
+        except BaseException:
+            self.restore()
+            raise
+        layer.companions = Companions()
+
+    def restore(self):
+        for variable, value in self._values:
+            variable.assign(value)
+        self._layer.frozen.from_arrays(self._frozen)
+        self._layer.record = self._record
+        self._layer.companions = self._companions

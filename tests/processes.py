@@ -1,0 +1,52 @@
+"""Child processes that find Keras imported.
+
+They are forked from a process that imported Keras and its backend and did
+nothing else. The import is most of the time that a small script takes.
+"""
+
+import multiprocessing
+import os
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["keras"])
+
+
+class Child:
+    """A function that runs in a child process.
+
+    Args:
+        function: of a module that the tests can import.
+        arguments: its positional arguments.
+        log: path of a file to which the child prints.
+        environment: dict of variables, set before the backend starts.
+    """
+
+    def __init__(self, function, arguments, log, environment=()):
+        self._log = log
+        self._process = CONTEXT.Process(
+            target=_run,
+            args=(str(log), dict(environment), function, arguments),
+        )
+        self._process.start()
+
+    def kill(self):
+        self._process.kill()
+        self._process.join()
+
+    def assert_ends(self, exit_code=0, timeout=900):
+        """Waits for the child; `-n` is the exit code of signal `n`."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            # It may wait for another one that failed.
+            self.kill()
+        with open(self._log, errors="replace") as file:
+            printed = file.read()
+        assert self._process.exitcode == exit_code, printed[-4000:]
+
+
+def _run(log, environment, function, arguments):
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for printed in (1, 2):
+        os.dup2(file, printed)
+    os.environ.update(environment)
+    function(*arguments)
