@@ -1,8 +1,8 @@
 """Draws the pictures of `docs/pictures.md`.
 
-    KERAS_BACKEND=torch python benchmarks/pictures.py
+    KERAS_BACKEND=jax python -m benchmarks.pictures
 
-Three runs of 800 steps each: the first two layers of a pretrained MiniLM learn
+Three runs of 1,200 steps each: the first two layers of a pretrained MiniLM learn
 whether a critic liked a film (Rotten Tomatoes), as LoRA, with the default
 recipe and with the published one. What a run leaves is kept in
 `outputs/pictures`, and is not run again. Each picture is drawn twice, for the
@@ -19,20 +19,17 @@ import pathlib
 
 import keras
 import keras_hub
-import matplotlib
 import numpy as np
 
 import keras_srlora
+from benchmarks.shared.plots import plt
 from keras_srlora import plots
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ROOT / "outputs" / "pictures"
 PICTURES = ROOT / "docs" / "pictures"
 
-LAYERS, LENGTH, BATCH, STEPS, RANK = 2, 24, 8, 800, 4
+LAYERS, LENGTH, BATCH, STEPS, RANK = 2, 24, 4, 1200, 4
 # Label: recipe, learning rate, whether pairs are recomposed.
 METHODS = {
     "LoRA": ("adaptive", 3e-3, False),
