@@ -12,6 +12,7 @@ from keras import ops
 from keras_srlora.backend import keras_private
 from keras_srlora.backend import keras_quantization
 from keras_srlora.backend.arguments import as_python_number
+from keras_srlora.backend.mixins import KerasMixin
 from keras_srlora.functional import contraction
 from keras_srlora.layers import pairs
 from keras_srlora.layers import weights_file
@@ -29,7 +30,7 @@ from keras_srlora.layers.requirements import check_rank
 from keras_srlora.recipes.definition import get_recipe
 
 
-class SRLoRALayer:
+class SRLoRALayer(KerasMixin):
     """Mixin before a Keras layer whose kernel is to be frozen and adapted.
 
     The layer's variables: the kernel (frozen), two factors of shapes
@@ -50,6 +51,7 @@ class SRLoRALayer:
     factor_names = "lora_kernel_a", "lora_kernel_b"
     # Whether `enable_srlora` converts such layers without being asked.
     converted_by_default = True
+    modules_to_save: tuple = ()
 
     def __init__(
         self,
