@@ -23,6 +23,7 @@ from keras_srlora.backend.arguments import check_paths
 from keras_srlora.conversion.enable import convert_plain
 from keras_srlora.conversion.freezing import saved_variables
 from keras_srlora.conversion.holders import Holders
+from keras_srlora.conversion.targets import check_model
 from keras_srlora.files import tensors as tensors_file
 from keras_srlora.layers import pairs
 from keras_srlora.layers.base import SRLoRALayer
@@ -155,6 +156,7 @@ def read_for(model, filepath, any_rank=False):
     Returns:
         `(plans, others)`, as `read_checked` does.
     """
+    check_model(model)
     adapted = _adapted(model)
     for layer in adapted:
         if not layer.built:

@@ -20,6 +20,7 @@ from keras_srlora.layers import pairs
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.record import Record
+from keras_srlora.layers.requirements import check_built
 from keras_srlora.layers.switched_off import check_switched_on
 
 # Arguments of a layer that may differ from one adapter to the next.
@@ -149,6 +150,8 @@ def find_adapters(model) -> Adapters:
             parts of the model have named adapters of their own.
     """
     layers = srlora_layers(model)
+    for layer in layers:
+        check_built(layer)
     check_switched_on(layers)
     found = {
         id(layer.companions.adapters): layer.companions.adapters

@@ -161,8 +161,8 @@ def _convert_as_saved(container, config):
     if missing:
         raise ValueError(
             f"Layer {container.name!r} was saved with SRLoRA layers inside of "
-            "it that it does not have now: either its class is another one "
-            "than at saving, or calling it does not build them. Make the "
+            "it that it does not have now: the class is another one than at "
+            "saving, or calling it does not build them. Make the "
             "model with its own code instead, from the pretrained weights, "
             "and put onto it what `keras_srlora.save_adapter` wrote: "
             "`keras_srlora.load_adapter(model, filepath)`. Received: "

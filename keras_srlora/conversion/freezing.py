@@ -58,9 +58,11 @@ def freeze_base(model, targets, trained=(), modules=()):
     for layer in everything:
         if not layer.trainable and inside(layer) & learning:
             _open(layer, learning)
-    for variable in model.variables:
-        if id(variable) in trained:
-            variable.trainable = True
+    for layer in everything:
+        # Moving averages are never trained, whoever names them.
+        for variable in keras_pinned.own_variables(layer):
+            if id(variable) in trained:
+                variable.trainable = True
 
 
 def release(models):
@@ -270,9 +272,10 @@ def _warn_of_head(model, head, unclear):
         warnings.warn(
             f"Model {model.name!r} is a subclassed model, which does not say "
             "in what order it calls its layers. By the order of its "
-            f"attributes, {trained} come behind the converted layers and stay "
-            f"trainable, and {frozen} are frozen. Where a layer among these is "
-            "new, pass its name in `modules_to_save`; set "
-            "`layer.trainable = False` where a trainable one is not.",
+            f"attributes, {trained or 'no others'} come behind the converted "
+            f"layers and stay trainable, and {frozen or 'no others'} are "
+            "frozen. Where a frozen layer is new, pass its name in "
+            "`modules_to_save`; set `layer.trainable = False` where a "
+            "trainable one was pretrained.",
             stacklevel=6,
         )

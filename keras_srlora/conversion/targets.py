@@ -42,8 +42,9 @@ def find_targets(model, names, excluded=(), modules=()):
     kept = [layer for layer in targets if id(layer) not in left_out]
     if not kept:
         raise ValueError(
-            "`exclude_layer_names` and `modules_to_save` leave nothing of the "
-            f"layers to convert in model {model.name!r}. Received: "
+            "What `exclude_layer_names` and `modules_to_save` name leaves "
+            f"nothing of the {len(targets) or 'default'} layers to convert in "
+            f"model {model.name!r}. Received: "
             f"exclude_layer_names={excluded!r}, "
             f"modules_to_save={[layer.path for layer in modules]}"
         )

@@ -15,6 +15,7 @@ from keras_srlora.layers import pairs
 from keras_srlora.layers import weights_file
 from keras_srlora.layers.companions import Companions
 from keras_srlora.layers.factors import ARGUMENTS
+from keras_srlora.layers.factors import LATER_ARGUMENTS
 from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.quantization import RefusesQuantization
@@ -84,37 +85,26 @@ class SRLoRALayer(RefusesQuantization):
                 f"layer {self.name!r}."
             )
         self.set_arguments(
-            rank,
-            target_rank,
-            lora_alpha,
-            recipe,
-            decomposition,
-            train_bias,
-            use_rslora,
-            modules_to_save,
+            rank=rank,
+            target_rank=target_rank,
+            lora_alpha=lora_alpha,
+            recipe=recipe,
+            decomposition=decomposition,
+            train_bias=train_bias,
+            use_rslora=use_rslora,
+            modules_to_save=modules_to_save,
         )
 
-    def set_arguments(
-        self,
-        rank,
-        target_rank,
-        lora_alpha,
-        recipe,
-        decomposition,
-        train_bias,
-        use_rslora=False,
-        modules_to_save=(),
-    ):
-        """Takes checked arguments, when built or when converted."""
-        # As Python's numbers, which a config in JSON can hold.
-        self.rank = int(rank)
-        self.target_rank = None if target_rank is None else int(target_rank)
-        self.lora_alpha = as_python_number(lora_alpha)
-        self.recipe = recipe
-        self.decomposition = decomposition
-        self.train_bias = train_bias
-        self.use_rslora = use_rslora
-        self.modules_to_save = tuple(modules_to_save)
+    def set_arguments(self, **arguments):
+        """Takes checked arguments, when built or when converted.
+
+        Those of `LATER_ARGUMENTS` may be left out.
+        """
+        arguments = {**LATER_ARGUMENTS, **arguments}
+        for name in ARGUMENTS:
+            # As Python's numbers, which a config in JSON can hold.
+            setattr(self, name, as_python_number(arguments[name]))
+        self.modules_to_save = tuple(self.modules_to_save)
         self.record = Record()
         self.companions = Companions()
 

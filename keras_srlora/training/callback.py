@@ -24,9 +24,9 @@ class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
     Without arguments it follows the recipe of the layers. The default recipe,
-    `"adaptive"`, trains each pair for a twentieth of the run and at least 100
+    `"adaptive"`, trains each pair for a tenth of the run and at least 200
     steps, then fuses it into the kernel and restarts its slot; after 0.85 of
-    the run the last pairs train on. A run of fewer than 700 steps is plain
+    the run the last pairs train on. A run of fewer than 1,000 steps is plain
     LoRA.
 
     Expect a gain where the update that a task needs has a higher rank than the

@@ -15,7 +15,7 @@ from support import tiny_bert
 
 import keras_srlora
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 PAGES = [
