@@ -6,13 +6,10 @@ Adding and removing factors is in `factors.py`; how a frozen kernel is stored in
 remembers in `record.py`.
 """
 
-import keras
 from keras import ops
 
 from keras_srlora.backend import keras_private
-from keras_srlora.backend import keras_quantization
 from keras_srlora.backend.arguments import as_python_number
-from keras_srlora.backend.mixins import KerasMixin
 from keras_srlora.functional import contraction
 from keras_srlora.layers import pairs
 from keras_srlora.layers import weights_file
@@ -21,6 +18,7 @@ from keras_srlora.layers.factors import ARGUMENTS
 from keras_srlora.layers.factors import LATER_ARGUMENTS
 from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.finite import check_finite_factors
+from keras_srlora.layers.quantization import RefusesQuantization
 from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_arguments
 from keras_srlora.layers.requirements import check_built
@@ -30,7 +28,7 @@ from keras_srlora.layers.requirements import check_rank
 from keras_srlora.recipes.definition import get_recipe
 
 
-class SRLoRALayer(KerasMixin):
+class SRLoRALayer(RefusesQuantization):
     """Mixin before a Keras layer whose kernel is to be frozen and adapted.
 
     The layer's variables: the kernel (frozen), two factors of shapes
@@ -140,18 +138,6 @@ class SRLoRALayer(KerasMixin):
             "LoRA cannot be enabled beside them. Use a plain layer, or call "
             "`keras_srlora.merge_srlora(model)` first."
         )
-
-    @property
-    def dtype_policy(self):
-        return super().dtype_policy
-
-    @dtype_policy.setter
-    def dtype_policy(self, policy):
-        # Keras quantizes a built layer that gets the policy of a quantized one.
-        if keras.dtype_policies.get(policy).quantization_mode is not None:
-            if self.built and self.quantization_mode is None:
-                refuse_to_quantize(self)
-        keras_quantization.set_dtype_policy(self, policy)
 
     # The step path.
 
@@ -304,27 +290,3 @@ class SRLoRALayer(KerasMixin):
 
     def load_own_variables(self, store):
         weights_file.load(self, store)
-
-
-def refuse_to_quantize(layer):
-    """Raises `ValueError` for an SRLoRA layer, and for a model that holds one.
-
-    Keras would quantize the frozen kernel, or everything around it, and leave
-    the factors to a layer that is neither.
-    """
-    found = [
-        x.path
-        for x in keras_private.flatten_layers(layer)
-        if isinstance(x, SRLoRALayer) and x.built
-    ]
-    if found:
-        raise ValueError(
-            "SRLoRA layers cannot be quantized, nor can a model that holds "
-            "any. Call `keras_srlora.merge_srlora(model)` first; or quantize "
-            "the plain model and convert that. Received: "
-            f"{type(layer).__name__} {layer.name!r} with {len(found)} SRLoRA "
-            f"layers, such as {found[0]!r}"
-        )
-
-
-keras_quantization.ask_before_quantizing(refuse_to_quantize)

@@ -176,8 +176,7 @@ class RecompositionCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None) -> None:
         if not self._prepared:
-            # In a loop with a `CallbackList`, or after a `History` that was
-            # passed to a `fit` before.
+            # In a loop with a `CallbackList`, or with a `History` used before.
             self._prepare()
             if self._model.train_function is None:
                 self._model.make_train_function()
@@ -260,8 +259,8 @@ class RecompositionCallback(keras.callbacks.Callback):
                 recomposer.report_loss(float(mean) * steps, steps)
                 recomposer.consult_gate(self._step)
         if logs is not None:
-            events = self.events[self._events_before :]
-            logs.update(_epoch_logs(events, recomposer.layers))
+            of_epoch = self.events[self._events_before :]
+            logs.update(_epoch_logs(of_epoch, recomposer.layers))
 
     def on_train_end(self, logs=None) -> None:
         self._running = False
