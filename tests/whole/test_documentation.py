@@ -14,15 +14,14 @@ import pathlib
 import re
 import shlex
 import socket
-import subprocess
-import sys
 import unittest
 from importlib.util import find_spec
 
 import keras
 import numpy as np
 import pytest
-from support import python_path
+from processes import Child
+from processes import run_script
 from support import tiny_bert
 
 import keras_srlora
@@ -317,8 +316,7 @@ COMMANDS = re.compile(r"^```shell\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PORT = re.compile(r"127\.0\.0\.1:(\d+)")
 
 
-@functools.cache
-def device_commands():
+def device_blocks():
     """Shell blocks of the page that run on this backend."""
     text = (DOCS / "devices.md").read_text("utf-8")
     return [
@@ -328,36 +326,38 @@ def device_commands():
     ]
 
 
-def test_each_backend_has_commands():
-    assert device_commands()
+def test_each_backend_has_scripts():
+    assert device_blocks()
 
 
-@pytest.mark.parametrize("index", range(len(device_commands())))
-def test_scripts_on_many_devices_run(index, tmp_path):
+@pytest.mark.parametrize("block", device_blocks())
+def test_scripts_on_many_devices_run(block, tmp_path):
     text = with_free_ports((DOCS / "devices.md").read_text("utf-8"))
     for name, script in TITLED.findall(text):
         (tmp_path / name).write_text(script, "utf-8")
-    block = device_commands()[index]
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": python_path(),
-            "OMP_NUM_THREADS": "1",
-            "PATH": os.pathsep.join(
-                [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
-            ),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
+    # Lines one after the other; what `&` separates at the same time.
+    for line in block.splitlines():
+        children = [
+            start(command, tmp_path, tmp_path / f"log_{index}.txt")
+            for index, command in enumerate(re.split("[&;]", line))
+            if "python" in command
+        ]
+        for child in children:
+            child.assert_ends(timeout=300)
+        for index in range(len(children)):
+            printed = (tmp_path / f"log_{index}.txt").read_text("utf-8")
+            assert "loss" in printed
+
+
+def start(command, folder, log):
+    """Starts `NAME=value python script.py argument`, with Keras imported."""
+    words = shlex.split(command)
+    python = words.index("python")
+    environment = dict(word.split("=", 1) for word in words[:python])
+    script, *arguments = words[python + 1 :]
+    return Child(
+        run_script, (str(folder / script), arguments), log, environment
     )
-    output = result.stdout
-    assert result.returncode == 0 and "Traceback" not in output, output
-    # `wait` hides how the others ended: each prints its last loss.
-    assert output.count("loss") >= block.count(".py"), output
 
 
 def with_free_ports(text):
