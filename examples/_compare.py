@@ -96,6 +96,8 @@ def run(method, task, args):
     result.scores = task.evaluate(model, validation)
     scores = [f"{name} {score:.4f}" for name, score in result.scores.items()]
     print(f"{METHODS[method]} on validation: {', '.join(scores)}", flush=True)
+    if method == "srlora" and not result.events:
+        print("It recomposed nothing: the recipe leaves so short a run to LoRA")
     return result, backbone, model
 
 

@@ -25,13 +25,13 @@ DOCS = RESULTS.parents[2] / "docs"
 POINTS, EXAMPLES = 20, 256
 PROMPTS = ("    def __init__(self, ", "import ", "    if not isinstance(")
 LENGTH, TEMPERATURE = 60, 0.5
-DEFAULT = "srlora"
+DEFAULT = "adaptive"
 
 
 def main():
     """Trains what is missing, draws, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="code_6000")
+    parser.add_argument("--task", default="code_small")
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
@@ -121,7 +121,7 @@ def text(model, prompt):
     """What the model continues a prompt with, a byte at a time."""
     random = np.random.default_rng(0)
     ids = list(prompt.encode())
-    window = 96
+    window = model.get_layer("backbone").max_sequence_length
     for _ in range(LENGTH):
         seen = ids[-window:]
         # Of one length, so that it is compiled once.

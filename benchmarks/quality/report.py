@@ -73,6 +73,14 @@ HEADINGS = {
     "adaptive": "`adaptive`",
 }
 CURVE = (1, 2, 4, 8, 16, 32, 64)
+# Long runs with plenty of data, at LoRA's own best learning rate.
+LONG = {
+    "code": "GPT, 96 wide, reviews to source code, 2,000 steps",
+    "code_small": "GPT, 64 wide, the same",
+    "code_6000": "GPT, 96 wide, 6,000 steps",
+    "vit_clothes": "ViT, digits to clothes, 3,560 steps",
+}
+LONG_METHODS = ("lora", "lora_4r", "paper", "lora_restarts", "adaptive")
 
 
 def main():
@@ -81,11 +89,12 @@ def main():
     And the two tables of `docs/recipes.md`.
     """
     tables = ["# Results\n", "Written by `report.py`.\n"]
-    tasks = {
-        path.stem: chosen_runs(read(path))
+    done = {
+        path.stem: read(path)
         for path in sorted(RESULTS.glob("*.jsonl"))
         if path.stat().st_size
     }
+    tasks = {task: chosen_runs(runs) for task, runs in done.items()}
     tables.append(summary(tasks))
     for task, cells in tasks.items():
         tables.append(table(task, cells))
@@ -93,6 +102,7 @@ def main():
     (RESULTS / "tables.md").write_text("\n".join(tables), encoding="utf-8")
     fill_in(PAGE, "figures", figures(tasks))
     fill_in(PAGE, "curve", curve(tasks))
+    fill_in(PAGE, "long", long_runs(done))
 
 
 def chosen_runs(done):
@@ -194,6 +204,55 @@ def figures(tasks):
             rows.append([title, rank, *map(shown, found), to_lora])
             title = ""
     return markdown(rows)
+
+
+def long_runs(done):
+    """Each method at LoRA's best rate: losses, and the part of the gap.
+
+    The gap is that to LoRA of four times the rank at the same rate. Few seeds:
+    their number is in the last column.
+    """
+    names = ["LoRA", "LoRA, 4 × rank", "`paper`", "`lora_restarts`"]
+    header = ["task", "rank", "rate", *names, "`adaptive`", "of the gap"]
+    rows = [[*header, "seeds"]]
+    for task, title in LONG.items():
+        runs = done.get(task, {})
+        for rank in sorted({key[2] for key in runs if key[1] == "adaptive"}):
+            rate = best_rate(runs, (task, "lora", rank))
+            found = {
+                method: at_rate(runs, task, method, rank, rate)
+                for method in LONG_METHODS
+            }
+            lora, default = found["lora"], found["adaptive"]
+            if not default:
+                continue
+            paired = [seed for seed in default if seed in lora]
+            row = [title, rank, f"{rate:g}"]
+            row += [f"{test_loss(x):.4f}" if x else "–" for x in found.values()]
+            closed = "–"
+            if found["lora_4r"]:
+                closed = gap_of_means(lora, default, found["lora_4r"])
+            rows.append([*row, closed, len(paired)])
+            title = ""
+    return markdown(rows)
+
+
+def at_rate(runs, task, method, rank, rate):
+    """`{seed: record}` of a method; LoRA of another rank has two names."""
+    found = {
+        key[4]: record
+        for key, record in runs.items()
+        if key[:4] == (task, method, rank, rate)
+    }
+    if method == "lora_4r" and not found:
+        return at_rate(runs, task, "lora", 4 * rank, rate)
+    return found
+
+
+def gap_of_means(lora, method, quadruple):
+    """The part of the gap to four times the rank, of the means over seeds."""
+    whole = test_loss(lora) - test_loss(quadruple)
+    return f"{(test_loss(lora) - test_loss(method)) / whole:.0%}"
 
 
 def curve(tasks):

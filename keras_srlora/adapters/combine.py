@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from keras_srlora.functional.low_rank import balanced
@@ -11,15 +13,42 @@ from keras_srlora.layers.record import EVENT
 from keras_srlora.layers.record import Record
 
 
-def combined(layer, states, weights):
-    """The weighted sum of whole updates, as the state of one layer.
+class Part(NamedTuple):
+    """An adapter in one layer, as far as a sum needs to know it.
 
-    The largest pairs become the factors. What they have no room for goes into
-    the frozen kernel as if it had been fused there, and takes up directions.
+    Attributes:
+        a: array of shape `(k, in)`.
+        b: array of shape `(k, out)`; the whole update is `aᵀ @ b`.
+        record: `Record`.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    record: Record
+
+
+def part_of(a, b, scale, record) -> Part:
+    """The `Part` of two factors, their scale, and a record."""
+    fused_a, fused_b = a[:0], b[:0]
+    if record.initialized:
+        fused_a, fused_b = record.frozen_rows(scale)
+    return Part(
+        np.concatenate([fused_a, scale * a]),
+        np.concatenate([fused_b, b]),
+        record,
+    )
+
+
+def combined(layer, parts, weights):
+    """The weighted sum of whole updates, as factors and record of one layer.
+
+    The largest pairs become the factors, at the scale that the layer has. What
+    they have no room for goes into the frozen kernel as if it had been fused
+    there, and takes up directions.
 
     Args:
         layer: an SRLoRA layer.
-        states: list of `LayerState`.
+        parts: list of `Part`.
         weights: list of floats.
 
     Returns:
@@ -29,11 +58,10 @@ def combined(layer, states, weights):
         ValueError: if an update is not finite, or the sum needs a higher rank
             than the layer has room for.
     """
-    if not states:
+    if not parts:
         return None
-    parts = [state.update() for state in states]
-    a = np.concatenate([w * a for w, (a, _) in zip(weights, parts)])
-    b = np.concatenate([b for _, b in parts])
+    a = np.concatenate([w * part.a for w, part in zip(weights, parts)])
+    b = np.concatenate([part.b for part in parts])
     a, b = (x.astype("float32") for x in (a, b))
     # No entry of the product is larger than that of the norms.
     if not np.isfinite(np.linalg.norm(a) * np.linalg.norm(b)):
@@ -42,13 +70,13 @@ def combined(layer, states, weights):
             "infinite. Delete the one whose training diverged."
         )
     left, values, right = thin_svd(a, b)
-    record = next((x.record for x in states if x.record.initialized), None)
+    record = next((x.record for x in parts if x.record.initialized), None)
     if record is None or not len(values):
         return None
     rest = max(0, len(values) - layer.rank)
     _check_room(layer, record, rest)
     root = np.sqrt(values)
-    record = _with_fused(
+    record = with_fused(
         record,
         layer.rank,
         (left * root).T[layer.rank :] / layer.scale,
@@ -76,7 +104,13 @@ def _check_room(layer, record, rest):
         )
 
 
-def _with_fused(record, rank, fused_a, fused_b):
+def untouched(record, rank):
+    """The record of the same kernel when nothing had happened to it yet."""
+    found = record.directions
+    return with_fused(record, rank, found.left[:0], found.right[:0])
+
+
+def with_fused(record, rank, fused_a, fused_b):
     """A record with pairs that were fused, and nothing else that happened."""
     found = record.directions
     # Those that an adapter file left out are of no use.

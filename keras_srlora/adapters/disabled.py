@@ -6,6 +6,7 @@ import contextlib
 
 import keras
 
+from keras_srlora.adapters.others import warn_of_trained
 from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.switched_off import is_switched_off
@@ -19,8 +20,9 @@ def adapter_disabled(model: keras.Model):
 
     Their kernels are the pretrained ones, to rounding, and their low-rank part
     is zero; afterwards, also after an exception, everything is put back to the
-    bit. Other trained variables (a head, biases) are left as they are. Blocks
-    may be nested.
+    bit. Other trained variables (a head, biases) are left as they are; where
+    some of these have a pretrained value, a warning names them. Blocks may be
+    nested.
 
     For inference: training, merging, loading or exporting an adapter inside
     raises `ValueError`. A file that is saved inside holds the pretrained model.
@@ -42,6 +44,8 @@ def adapter_disabled(model: keras.Model):
     layers = srlora_layers(model)
     on = [layer for layer in layers if not is_switched_off(layer)]
     require_records(on)
+    if on:
+        warn_of_trained(model, layers, "are left as they are", stacklevel=4)
     with contextlib.ExitStack() as stack:
         for layer in layers:
             switch_off(layer)

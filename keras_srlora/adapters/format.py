@@ -1,6 +1,7 @@
 """What an adapter file holds of each layer, and whether it fits a model."""
 
 import re
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -44,7 +45,11 @@ DESCRIPTION = {
 # Fields that are written where they are not what they are here, so that other
 # files can be read by versions that do not know them.
 ADDED = {"use_rslora": False, "modules_to_save": []}
-TYPES = {**DESCRIPTION, "use_rslora": bool, "modules_to_save": list}
+TYPES: dict[str, Any] = {
+    **DESCRIPTION,
+    "use_rslora": bool,
+    "modules_to_save": list,
+}
 TRAINABLE = "trainable"
 # Names of the factors in a file, whatever the layer calls them.
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
@@ -108,8 +113,8 @@ def record_of(arrays):
 def describe(layer):
     """What the metadata say of a layer."""
     added = {
-        "use_rslora": getattr(layer, "use_rslora", False),
-        "modules_to_save": list(getattr(layer, "modules_to_save", ())),
+        "use_rslora": layer.use_rslora,
+        "modules_to_save": list(layer.modules_to_save),
     }
     return {
         "path": layer.path,
@@ -161,15 +166,24 @@ def open_adapter(filepath):
     found = []
     for saved in _descriptions(metadata, filepath):
         arrays = _take(tensors, f"{saved['path']}/")
-        rank = saved["rank"]
-        divisor = rank**0.5 if saved["use_rslora"] else rank
-        scale = (saved["lora_alpha"] or rank) / divisor
-        found.append((saved, arrays, record_of(arrays), scale))
+        found.append((saved, arrays, record_of(arrays), scale_of(saved)))
     return found
 
 
-def read_checked(model, filepath):
+def scale_of(saved):
+    """The scale of the factors' product in a layer of a file."""
+    rank = saved["rank"]
+    divisor = rank**0.5 if saved["use_rslora"] else rank
+    return (saved["lora_alpha"] or rank) / divisor
+
+
+def read_checked(model, filepath, any_rank=False):
     """Reads an adapter file, and checks all of it against a model.
+
+    Args:
+        model: a built `keras.Model`.
+        filepath: path of a file.
+        any_rank: bool. Whether an SRLoRA layer may have another rank.
 
     Returns:
         `(plans, others)`: a list of `(layer, description, arrays)`, and one of
@@ -177,16 +191,18 @@ def read_checked(model, filepath):
     """
     with tensors_file.opened(filepath, KIND) as (opened, metadata):
         tensors = dict(opened)
-    by_path, paths = {}, layer_paths(model)
+    by_path: dict = {}
+    paths = layer_paths(model)
     for layer in keras_private.flatten_layers(model):
         by_path.setdefault(paths[id(layer)], []).append(layer)
     plans = []
     for saved in _descriptions(metadata, filepath):
         layer = _find(saved["path"], by_path, "layer", filepath)
         arrays = _take(tensors, f"{saved['path']}/")
-        _check_fits(layer, saved, arrays, filepath)
+        _check_fits(layer, saved, arrays, filepath, any_rank)
         plans.append((layer, saved, arrays))
-    variables, paths = {}, variable_paths(model)
+    variables: dict = {}
+    paths = variable_paths(model)
     for variable in model.variables:
         variables.setdefault(paths[id(variable)], []).append(variable)
     others = []
@@ -209,7 +225,9 @@ def _descriptions(metadata, filepath):
             "it again with `keras_srlora.save_adapter`."
         )
 
-    layers = metadata.get("layers") if isinstance(metadata, dict) else None
+    layers: Any = None
+    if isinstance(metadata, dict):
+        layers = metadata.get("layers")
     if not isinstance(layers, list) or not layers:
         refuse("they name no layers")
     for saved in layers:
@@ -278,7 +296,7 @@ def is_plain(layer):
     return type(layer) in PLAIN.values()
 
 
-def _check_fits(layer, saved, arrays, filepath):
+def _check_fits(layer, saved, arrays, filepath, any_rank):
     path, file = saved["path"], str(filepath)
     plain = type(layer) if is_plain(layer) else PLAIN.get(type(layer))
     if plain is None or plain.__name__ != saved["class"]:
@@ -293,6 +311,8 @@ def _check_fits(layer, saved, arrays, filepath):
         "kernel_shape": list(keras_private.kernel_shape(layer)),
         "rank": getattr(layer, "rank", saved["rank"]),
     }
+    if any_rank:
+        del here["rank"]
     for name, value in here.items():
         if value != saved[name]:
             raise ValueError(
@@ -345,9 +365,11 @@ def _check_arrays(kernel_shape, saved, arrays, file):
             f"fused ({fused}) than its {saved['target_rank']} directions are "
             "good for."
         )
+    rows, columns = kernel_shape
     expected = _shapes(
         saved["rank"],
-        *kernel_shape,
+        rows,
+        columns,
         saved["target_rank"],
         kept,
         fused,

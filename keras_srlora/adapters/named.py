@@ -45,8 +45,10 @@ def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
     Args:
         model: a `keras.Model` with SRLoRA layers.
         name: str. The name of the new adapter.
-        filepath: path of a file that `save_adapter` wrote, of the same rank.
-            Defaults to `None`: a fresh adapter.
+        filepath: path of a file that `save_adapter` wrote. Where its rank is
+            another one than that of a layer, the update is the same, and goes
+            on to be trained with as many pairs as the layer has. Defaults to
+            `None`: a fresh adapter.
 
     Returns:
         The name of the adapter that was current.
@@ -69,7 +71,9 @@ def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
     adapters = find_adapters(model)
     _check_new(adapters, name)
     require_records(adapters.layers)
-    checked = None if filepath is None else read_for(model, filepath)
+    checked = None
+    if filepath is not None:
+        checked = read_for(model, filepath, any_rank=True)
     kept = adapters.keep(model)
     if checked is None:
         warn_of_trained(
@@ -107,9 +111,9 @@ def set_adapter(model: keras.Model, name: str) -> str:
     """
     adapters = find_adapters(model)
     _check_known(adapters, name)
+    require_records(adapters.layers)
     if name == adapters.current:
         return name
-    require_records(adapters.layers)
     adapter = adapters.waiting[name]
     adapters.check_kernels(adapter)
     kept = adapters.keep(model)
@@ -198,14 +202,14 @@ def combine_adapters(
 
 
 def _of_layer(layer, known, weights):
-    """The states of the adapters that have a part in a layer; their weights."""
+    """Those adapters that have a part in a layer, and their weights."""
     states = [known[name].state_of(layer) for name in weights]
     found = [
-        (state, float(weight))
+        (state.part(), float(weight))
         for state, weight in zip(states, weights.values())
         if state is not None
     ]
-    return [state for state, _ in found], [weight for _, weight in found]
+    return [part for part, _ in found], [weight for _, weight in found]
 
 
 def _make_current(adapters, model, name, kept):

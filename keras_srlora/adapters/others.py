@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_private
+from keras_srlora.conversion.freezing import pretrained_variables
 
 
 def trainable_beside(model: keras.Model, layers) -> list:
@@ -18,37 +18,13 @@ def trainable_beside(model: keras.Model, layers) -> list:
     return [v for v in model.trainable_variables if id(v) not in factors]
 
 
-def saved_always(model: keras.Model, layers) -> list:
-    """The variables of the layers that `modules_to_save` names, in order."""
-    paths = {
-        path
-        for layer in layers
-        for path in getattr(layer, "modules_to_save", ())
-    }
-    states = {id(state) for state in keras_private.seed_states(model)}
-    found = {
-        id(variable): variable
-        for layer in keras_private.flatten_layers(model)
-        if layer.path in paths
-        for variable in layer.variables
-        if id(variable) not in states
-    }
-    return list(found.values())
-
-
 def trained_beside(model: keras.Model, layers) -> list:
     """Those that are trained though they have a pretrained value.
 
-    Biases of the adapted layers, what else is trainable in the blocks that
-    these are inside of, and `modules_to_save`. A head is none of them: it has
-    no pretrained value to go back to.
+    Biases, norms, and layers in `modules_to_save`. A head is none of them: it
+    has no pretrained value to go back to.
     """
-    adapted = {id(layer) for layer in layers}
-    pretrained = {id(v) for v in saved_always(model, layers)}
-    for part in keras_private.flatten_layers(model):
-        is_block = not isinstance(part, keras.Model) or _is_backbone(part)
-        if is_block and keras_private.inside(part) & adapted:
-            pretrained.update(id(v) for v in part.variables)
+    pretrained = {id(v) for v in pretrained_variables(model)}
     beside = trainable_beside(model, layers)
     return [v for v in beside if id(v) in pretrained]
 
@@ -70,14 +46,6 @@ def warn_of_trained(model, layers, what, stacklevel=3) -> None:
             "it did before training only if they did not change.",
             stacklevel=stacklevel,
         )
-
-
-def _is_backbone(model):
-    # By name, so that keras_hub need not be imported.
-    return any(
-        cls.__name__ == "Backbone" and cls.__module__.startswith("keras_hub")
-        for cls in type(model).__mro__
-    )
 
 
 def to_numpy(variable) -> np.ndarray:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import warnings
 
 import keras
+import numpy as np
 
 from keras_srlora.adapters import format as file_format
+from keras_srlora.adapters.combine import combined
+from keras_srlora.adapters.combine import part_of
+from keras_srlora.adapters.combine import untouched
 from keras_srlora.adapters.format import FACTORS
 from keras_srlora.adapters.format import KIND
 from keras_srlora.adapters.format import TRAINABLE
 from keras_srlora.adapters.format import is_plain
 from keras_srlora.adapters.others import check_finite_variables
-from keras_srlora.adapters.others import saved_always
 from keras_srlora.adapters.others import to_numpy
 from keras_srlora.adapters.others import trainable_beside
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import check_paths
 from keras_srlora.conversion.enable import convert_plain
+from keras_srlora.conversion.freezing import saved_variables
 from keras_srlora.conversion.holders import Holders
+from keras_srlora.conversion.targets import check_model
 from keras_srlora.files import tensors as tensors_file
 from keras_srlora.layers import pairs
 from keras_srlora.layers.base import SRLoRALayer
@@ -29,6 +34,7 @@ from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.matching import check_record
 from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.paths import variable_paths
+from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.version import __version__
 
@@ -81,7 +87,7 @@ def save_adapter(
     check_finite_factors(learnt)
     paths = layer_paths(model)
     check_paths([paths[id(layer)] for layer in learnt], "SRLoRA layers")
-    always = saved_always(model, layers)
+    always = saved_variables(model)
     known = {id(v) for v in always}
     others = [v for v in trainable_beside(model, layers) if id(v) not in known]
     saved = [*always, *others] if include_trainable else always
@@ -139,23 +145,32 @@ def load_adapter(model: keras.Model, filepath) -> list:
     return put_on(model, *checked)
 
 
-def read_for(model, filepath):
+def read_for(model, filepath, any_rank=False):
     """Reads a file that fits a model, whose own adapter can be replaced.
+
+    Args:
+        model: a built `keras.Model`.
+        filepath: path of a file.
+        any_rank: bool. Whether an SRLoRA layer may have another rank.
 
     Returns:
         `(plans, others)`, as `read_checked` does.
     """
+    check_model(model)
     adapted = _adapted(model)
     for layer in adapted:
         if not layer.built:
             check_initializable(layer)
-    plans, others = file_format.read_checked(model, filepath)
+    plans, others = file_format.read_checked(model, filepath, any_rank)
     match_records(adapted)
     named = {id(layer) for layer, _, _ in plans}
     for layer in adapted:
         if id(layer) not in named:
             # Its pretrained kernel comes back.
             check_record(layer)
+    for layer, saved, arrays in plans:
+        if not is_plain(layer) and layer.rank != saved["rank"]:
+            _at_rank_of(layer, saved, arrays)
     return plans, others
 
 
@@ -176,9 +191,12 @@ def put_on(model, plans, others):
     named = [layer for layer, _, _ in plans]
     holders = Holders(model, named)
     for layer, saved, arrays in plans:
-        a, b = (arrays[name] for name in FACTORS)
-        arguments = file_format.adapter_arguments(saved)
-        record = file_format.record_of(arrays)
+        if layer.rank == saved["rank"]:
+            a, b = (arrays[name] for name in FACTORS)
+            arguments = file_format.adapter_arguments(saved)
+            record = file_format.record_of(arrays)
+        else:
+            a, b, record, arguments = _at_rank_of(layer, saved, arrays)
         pairs.restore_adapter(layer, a, b, arguments, record)
     known = set(map(id, named))
     for layer in _adapted(model):
@@ -190,10 +208,40 @@ def put_on(model, plans, others):
     return named
 
 
+def _at_rank_of(layer, saved, arrays):
+    """What a file holds of a layer, with as many pairs as the layer has.
+
+    Raises:
+        ValueError: if there is no room for the update.
+    """
+    a, b = (arrays[name] for name in FACTORS)
+    record = file_format.record_of(arrays)
+    part = part_of(a, b, file_format.scale_of(saved), record)
+    # At the scale that the layer has.
+    arguments = file_format.adapter_arguments(saved)
+    arguments["lora_alpha"] = layer.lora_alpha
+    arguments["use_rslora"] = layer.use_rslora
+    found = combined(layer, [part], [1.0])
+    if found is None:
+        a = np.array(pairs.a_initializer(layer)(layer.factors[0].shape))
+        b = np.zeros(layer.factors[1].shape, "float32")
+        found = a, b, Record.start(record.directions, layer.rank)
+    return *found, arguments
+
+
 def clear(layer):
-    """Makes a layer compute its pretrained kernel, with nothing learnt."""
+    """Makes a layer compute its pretrained kernel, with nothing learnt.
+
+    It keeps the directions of the kernel, so that it may be trained at once.
+    """
+    record = layer.record
     pairs.disable_adapter(layer)
     layer.companions.restore({})
+    if record.initialized:
+        layer.record = untouched(record, layer.rank)
+        if len(layer.record.events) and not layer.recipe.starts_as_lora:
+            # A file left directions out that this recipe starts along.
+            layer.record = Record()
 
 
 def _adapted(model):

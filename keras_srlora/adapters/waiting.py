@@ -8,16 +8,19 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_srlora.adapters.combine import Part
+from keras_srlora.adapters.combine import part_of
 from keras_srlora.adapters.format import has_fingerprint
-from keras_srlora.adapters.others import saved_always
 from keras_srlora.adapters.others import trainable_beside
 from keras_srlora.adapters.save_load import clear
 from keras_srlora.backend import devices
+from keras_srlora.conversion.freezing import saved_variables
 from keras_srlora.functional.fingerprint import fingerprint
 from keras_srlora.layers import pairs
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.record import Record
+from keras_srlora.layers.requirements import check_built
 from keras_srlora.layers.switched_off import check_switched_on
 
 # Arguments of a layer that may differ from one adapter to the next.
@@ -53,19 +56,9 @@ class LayerState(NamedTuple):
     companions: dict
     pretrained: list
 
-    def update(self):
-        """The whole update of the kernel, as two factors."""
-        fused_a, fused_b = self.layer_rows()
-        return (
-            np.concatenate([fused_a, self.scale * self.a]),
-            np.concatenate([fused_b, self.b]),
-        )
-
-    def layer_rows(self):
-        """What is in the frozen kernel, as two factors."""
-        if self.record.initialized:
-            return self.record.frozen_rows(self.scale)
-        return self.a[:0], self.b[:0]
+    def part(self) -> Part:
+        """What a weighted sum needs to know of it."""
+        return part_of(self.a, self.b, self.scale, self.record)
 
 
 @dataclasses.dataclass
@@ -99,7 +92,7 @@ class Adapters:
     def keep(self, model) -> Adapter:
         """The current adapter, as it is now, on the host."""
         beside = [
-            *saved_always(model, self.layers),
+            *saved_variables(model),
             *trainable_beside(model, self.layers),
             # Of a head that is frozen meanwhile, for example.
             *(v for kept in self.waiting.values() for v, _ in kept.variables),
@@ -157,6 +150,8 @@ def find_adapters(model) -> Adapters:
             parts of the model have named adapters of their own.
     """
     layers = srlora_layers(model)
+    for layer in layers:
+        check_built(layer)
     check_switched_on(layers)
     found = {
         id(layer.companions.adapters): layer.companions.adapters
@@ -183,11 +178,13 @@ def find_adapters(model) -> Adapters:
 
 
 def _state_of(layer):
+    a, b = layer.factors
     return LayerState(
         layer,
         {name: getattr(layer, name) for name in ARGUMENTS},
         layer.scale,
-        *(_on_host(v) for v in layer.factors),
+        _on_host(a),
+        _on_host(b),
         layer.record,
         layer.companions.to_arrays(),
         fingerprint(pairs.pretrained_matrix(layer)),

@@ -1,6 +1,6 @@
 """How the layers of a model follow each other. Private Keras API.
 
-`tests/test_keras_private.py` fails when Keras changes it.
+`tests/backend/test_keras_private.py` fails when Keras changes it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A Keras layer has two lists of variables, by how they were *made*: trainable
 ones and others. `layer.trainable = ...` sets the flags of the first list, and
 `layer.variables`, hence a weights file, is the first list and then the second.
 What is pinned here is in the second list and keeps its place in the order.
-`tests/test_keras_private.py` fails when Keras changes this.
+`tests/backend/test_keras_private.py` fails when Keras changes this.
 """
 
 

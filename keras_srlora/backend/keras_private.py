@@ -1,7 +1,7 @@
 """The one module that touches private Keras API.
 
 Each function says what it needs and why no public way does it.
-`tests/test_keras_private.py` fails when Keras changes one of them.
+`tests/backend/test_keras_private.py` fails when Keras changes one of them.
 """
 
 import contextlib

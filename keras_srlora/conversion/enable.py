@@ -66,10 +66,14 @@ def enable_srlora(
 
     What is frozen here stays so: `model.trainable = False` and then `True`
     gives back what was trainable before. To train a pretrained layer whole,
-    name it in `modules_to_save`; after `merge_srlora`, `model.trainable = True`
-    thaws everything.
+    name it in `modules_to_save`; `merge_srlora` and `unload_srlora` give back
+    what was trainable before.
 
-    A model that was compiled before must be compiled again.
+    Every model that holds one of the layers computes and trains the converted
+    ones: its compiled functions are traced again, with TensorFlow every
+    `tf.function` that reads the layers, too, and its optimizer, where it was
+    built, starts anew, at step 0. What is compiled for good is out of reach: a
+    concrete function, an exported model, a `jax.jit` function.
 
     Args:
         model: a built `keras.Model`, e.g. a KerasHub backbone or task.
@@ -220,7 +224,7 @@ def convert_plain(model, layers, arguments, trained=(), modules=()):
     Their kernels are not decomposed yet. Everything else that is pretrained is
     frozen, but for the variables in `trained` and the layers in `modules`.
     """
-    if not layers:
+    if not layers and not trained:
         return
     refuse_shared_kernels(model, layers)
     holders = Holders(model, layers)

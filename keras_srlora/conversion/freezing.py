@@ -58,9 +58,11 @@ def freeze_base(model, targets, trained=(), modules=()):
     for layer in everything:
         if not layer.trainable and inside(layer) & learning:
             _open(layer, learning)
-    for variable in model.variables:
-        if id(variable) in trained:
-            variable.trainable = True
+    for layer in everything:
+        # Moving averages are never trained, whoever names them.
+        for variable in keras_pinned.own_variables(layer):
+            if id(variable) in trained:
+                variable.trainable = True
 
 
 def release(models):
@@ -117,6 +119,17 @@ def saved_variables(model: keras.Model) -> list:
         )
     found = {id(v) for layer in layers for v in layer.weights}
     return [v for v in model.weights if id(v) in found]
+
+
+def pretrained_variables(model: keras.Model) -> list:
+    """The variables of a converted model that are no part of a head."""
+    everything = keras_private.flatten_layers(model)
+    adapted = {id(x) for x in everything if isinstance(x, SRLoRALayer)}
+    with warnings.catch_warnings():
+        # What is not sure was said at the conversion.
+        warnings.simplefilter("ignore")
+        parts = _base_parts(model, adapted)
+    return [variable for part in parts for variable in part.variables]
 
 
 def _saved_paths(layers):
@@ -259,9 +272,10 @@ def _warn_of_head(model, head, unclear):
         warnings.warn(
             f"Model {model.name!r} is a subclassed model, which does not say "
             "in what order it calls its layers. By the order of its "
-            f"attributes, {trained} come behind the converted layers and stay "
-            f"trainable, and {frozen} are frozen. Where a layer among these is "
-            "new, pass its name in `modules_to_save`; set "
-            "`layer.trainable = False` where a trainable one is not.",
+            f"attributes, {trained or 'no others'} come behind the converted "
+            f"layers and stay trainable, and {frozen or 'no others'} are "
+            "frozen. Where a frozen layer is new, pass its name in "
+            "`modules_to_save`; set `layer.trainable = False` where a "
+            "trainable one was pretrained.",
             stacklevel=6,
         )

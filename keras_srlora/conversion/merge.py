@@ -17,10 +17,9 @@ def merge_srlora(model: keras.Model) -> list:
     """Turns every SRLoRA layer back into a plain one, in place.
 
     The kernel becomes the effective kernel, so that the outputs stay; factors,
-    directions and record are dropped. Kernel and bias of these layers are
-    trainable again; what else `enable_srlora` froze stays so until
-    `model.trainable = True`. `unload_srlora` gives the pretrained kernels back
-    instead.
+    directions and record are dropped. What `enable_srlora` froze is trainable
+    again where it was before, kernel and bias of these layers in any case.
+    `unload_srlora` gives the pretrained kernels back instead.
 
     Other models that hold these layers follow: they compute the merged layers,
     too. The optimizers of all of them, where they were built, start anew, at

@@ -12,11 +12,13 @@ from keras import ops
 from keras_srlora.backend import keras_private
 from keras_srlora.backend import keras_quantization
 from keras_srlora.backend.arguments import as_python_number
+from keras_srlora.backend.mixins import KerasMixin
 from keras_srlora.functional import contraction
 from keras_srlora.layers import pairs
 from keras_srlora.layers import weights_file
 from keras_srlora.layers.companions import Companions
 from keras_srlora.layers.factors import ARGUMENTS
+from keras_srlora.layers.factors import LATER_ARGUMENTS
 from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.record import Record
@@ -28,7 +30,7 @@ from keras_srlora.layers.requirements import check_rank
 from keras_srlora.recipes.definition import get_recipe
 
 
-class SRLoRALayer:
+class SRLoRALayer(KerasMixin):
     """Mixin before a Keras layer whose kernel is to be frozen and adapted.
 
     The layer's variables: the kernel (frozen), two factors of shapes
@@ -49,6 +51,7 @@ class SRLoRALayer:
     factor_names = "lora_kernel_a", "lora_kernel_b"
     # Whether `enable_srlora` converts such layers without being asked.
     converted_by_default = True
+    modules_to_save: tuple = ()
 
     def __init__(
         self,
@@ -85,37 +88,26 @@ class SRLoRALayer:
                 f"layer {self.name!r}."
             )
         self.set_arguments(
-            rank,
-            target_rank,
-            lora_alpha,
-            recipe,
-            decomposition,
-            train_bias,
-            use_rslora,
-            modules_to_save,
+            rank=rank,
+            target_rank=target_rank,
+            lora_alpha=lora_alpha,
+            recipe=recipe,
+            decomposition=decomposition,
+            train_bias=train_bias,
+            use_rslora=use_rslora,
+            modules_to_save=modules_to_save,
         )
 
-    def set_arguments(
-        self,
-        rank,
-        target_rank,
-        lora_alpha,
-        recipe,
-        decomposition,
-        train_bias,
-        use_rslora=False,
-        modules_to_save=(),
-    ):
-        """Takes checked arguments, when built or when converted."""
-        # As Python's numbers, which a config in JSON can hold.
-        self.rank = int(rank)
-        self.target_rank = None if target_rank is None else int(target_rank)
-        self.lora_alpha = as_python_number(lora_alpha)
-        self.recipe = recipe
-        self.decomposition = decomposition
-        self.train_bias = train_bias
-        self.use_rslora = use_rslora
-        self.modules_to_save = tuple(modules_to_save)
+    def set_arguments(self, **arguments):
+        """Takes checked arguments, when built or when converted.
+
+        Those of `LATER_ARGUMENTS` may be left out.
+        """
+        arguments = {**LATER_ARGUMENTS, **arguments}
+        for name in ARGUMENTS:
+            # As Python's numbers, which a config in JSON can hold.
+            setattr(self, name, as_python_number(arguments[name]))
+        self.modules_to_save = tuple(self.modules_to_save)
         self.record = Record()
         self.companions = Companions()
 

@@ -19,6 +19,8 @@ ARGUMENTS = (
     "use_rslora",
     "modules_to_save",
 )
+# Older files have none of these.
+LATER_ARGUMENTS = {"use_rslora": False, "modules_to_save": ()}
 
 
 def add_factors(layer):

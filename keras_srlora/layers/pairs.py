@@ -133,13 +133,30 @@ def start_pairs(layer, recipe, file=None):
         recipe: a `Recipe`, which says how the first pairs start.
         file: an open `DirectionsFile` that may have the directions, or `None`.
     """
+    trained = ops.any(ops.not_equal(layer.factors[1], 0))
+    if trained and layer.frozen.room is not None:
+        raise ValueError(
+            f"The kernel of layer {layer.path!r} is quantized and cannot take "
+            "up what its factors learnt before it was decomposed. Call "
+            "`keras_srlora.initialize_factors(model)` before training. "
+            f"Received: quantization_mode={layer.quantization_mode!r}"
+        )
     directions = _decompose(layer, file)
     layer.record = Record.start(directions, layer.rank)
     layer.companions.restore({})
-    layer.frozen.remainder = None
     if not recipe.starts_as_lora:
+        layer.frozen.remainder = None
         leading = np.arange(layer.rank)
         _restart(layer, leading, leading, recipe.scale_first)
+    elif trained:
+        # The directions are those of the sum: it is the pretrained kernel now.
+        layer.frozen.store(
+            effective_matrix(layer), frozen_rows(layer, Record())
+        )
+        b = layer.factors[1]
+        b.assign(ops.zeros(b.shape, dtype=b.dtype))
+    else:
+        layer.frozen.remainder = None
 
 
 def _decompose(layer, file):

@@ -151,6 +151,24 @@ def keep_slots(kind, values):
     return values
 
 
+def shared_second_moments(kind, values):
+    """First moments start from zero, second ones from the layer's own pairs.
+
+    A quarter of their mean over all slots: the first steps of a new pair are
+    at most about twice as large as those of the others. After zeroing, Adam's
+    bias correction being long gone, they are 3 to 7 times as large, which at
+    LoRA's best learning rate undoes what the other pairs have learnt.
+    """
+    if kind == "first_moment":
+        return ops.zeros_like(values)
+    mean = ops.mean(values, axis=0, keepdims=True)
+    return ops.zeros_like(values) + SHARE * mean
+
+
+# Steps grow with the root: at most by a factor of two.
+SHARE = 0.25
+
+
 # When: (steps, recompositions) -> steps between two recompositions.
 
 
@@ -183,6 +201,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "zero": zero_slots,
         "zero_first_moments": zero_first_moments,
         "keep": keep_slots,
+        "shared": shared_second_moments,
     },
     "schedule": {"evenly": evenly, "by_life": by_life},
     # A class with the methods of `FlatLoss`, or `None`.

@@ -45,7 +45,9 @@ class Recipe:
             `"as_lora"` (`b` zero). A function
             `(singular_values, tolerance, scale) -> (scale_a, scale_b)`.
         slots: what happens to the optimizer's slots of a restarted pair.
-            `"zero_first_moments"`, `"zero"` or `"keep"`. A function
+            `"zero_first_moments"`, `"zero"`, `"keep"`, or `"shared"`: second
+            moments start from a quarter of the mean of the layer's pairs, so
+            that a new pair's steps are about as large as theirs. A function
             `(kind, values) -> values`.
         schedule: when. `"evenly"` over the run, or `"by_life"`: as often as
             `steps_per_pair` and `pair_life` allow. A function
@@ -75,10 +77,10 @@ class Recipe:
     The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
     2505.12433, section 3), which leaves `slots` open.
     `recipe="adaptive"`, which layers have by default, starts each pair as LoRA
-    does, trains it for a twentieth of the run and at least 100 steps, then
-    fuses it and restarts its slot; it leaves runs of fewer than 700 steps
-    alone. `recipe="lora_restarts"` does the same in the first half of a run of
-    any length, once for each direction.
+    does, trains it for a tenth of the run and at least 200 steps, then fuses
+    it and restarts its slot; it leaves runs of fewer than 1,000 steps alone.
+    `recipe="lora_restarts"` does the same in the first half of a run of any
+    length, once for each direction, and with all moments at zero.
 
     Example:
 
@@ -175,7 +177,7 @@ class Recipe:
         """The values of an optimizer's slot of a restarted pair."""
         return _function("slots", self.slots)(kind, values)
 
-    def choose_interval(self, steps: float, recompositions: int) -> float:
+    def choose_interval(self, steps: float, recompositions: float) -> float:
         """Steps between two of so many recompositions."""
         return _function("schedule", self.schedule)(steps, recompositions)
 
@@ -195,7 +197,9 @@ def _name(field, choice):
     for name, function in table.items():
         if choice is not None and choice is function:
             return name
-    name = callable(choice) and keras.saving.get_registered_name(choice)
+    name = ""
+    if callable(choice):
+        name = keras.saving.get_registered_name(choice)
     if not name or _registered(name) is not choice:
         raise ValueError(
             f"`{field}` must be one of {sorted(table)}, or a function that is "
@@ -238,9 +242,11 @@ RECIPES = {
     "lora_restarts": LORA_RESTARTS,
     "adaptive": dataclasses.replace(
         LORA_RESTARTS,
+        slots="shared",
         schedule="by_life",
-        pair_life=0.05,
-        shortest_run=700,
+        steps_per_pair=200,
+        pair_life=0.1,
+        shortest_run=1000,
         reuse_directions=True,
         stop=0.85,
     ),

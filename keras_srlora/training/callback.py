@@ -24,9 +24,9 @@ class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
     Without arguments it follows the recipe of the layers. The default recipe,
-    `"adaptive"`, trains each pair for a twentieth of the run and at least 100
+    `"adaptive"`, trains each pair for a tenth of the run and at least 200
     steps, then fuses it into the kernel and restarts its slot; after 0.85 of
-    the run the last pairs train on. A run of fewer than 700 steps is plain
+    the run the last pairs train on. A run of fewer than 1,000 steps is plain
     LoRA.
 
     Expect a gain where the update that a task needs has a higher rank than the
@@ -184,7 +184,8 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._running = True
         self._epochs = (self.params or {}).get("epochs", 1)
         self._epoch_steps: int = (self.params or {}).get("steps") or 0
-        self._step = None
+        self._step = 0
+        self._begun = False
         if self.recomposer.restored:
             # By another callback, `BackupAndRestore`.
             resume.mend_initial_epoch(
@@ -192,7 +193,8 @@ class RecompositionCallback(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
-        if self._step is None:
+        if not self._begun:
+            self._begun = True
             # `initial_epoch` is not among the parameters; the first epoch is.
             self._epoch_steps = resume.begin_run(
                 self.recomposer,
@@ -205,7 +207,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._losses = LossReader(self._model)
         self._epoch_start = self._step
         self._events_before = len(self.events)
-        self._batches_ended = []
+        self._batches_ended: list[int] = []
 
     # A recomposition comes at the begin of a batch. Keras calls
     # `on_train_batch_end` in another thread, while the next step runs already;

@@ -145,14 +145,6 @@ def test_a_frozen_variable_stays_frozen(layer):
     assert len(layer.trainable_variables) == 2
 
 
-def test_a_model_knows_that_it_was_called():
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, keras.layers.Dense(3)(inputs))
-    assert not keras_private.is_part_of_another_model(model)
-    keras.Model(inputs, model(inputs))
-    assert keras_private.is_part_of_another_model(model)
-
-
 def test_output_layers():
     inputs = keras.Input((4,))
     head = keras.layers.Dense(3)
@@ -175,13 +167,40 @@ def test_optimizer_internals(layer):
     assert keras_private.is_stock_optimizer(optimizer)
 
 
-def test_compiled_functions_are_the_three_attributes(layer):
-    model = keras.Sequential([keras.Input((4,)), layer])
-    model.compile("sgd", "mse")
-    model.make_train_function()
-    assert model.train_function is not None
-    keras_private.drop_compiled_functions(model)
-    assert model.train_function is None and model.predict_function is None
+def test_a_layer_without_build_is_known(layer):
+    class Composite(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inside = keras.layers.Dense(3)
+            self.symbolic = []
+
+        def call(self, inputs):
+            self.symbolic.append(keras_private.in_symbolic_call())
+            return self.inside(inputs)
+
+    composite = Composite()
+    assert keras_private.builds_when_called(composite)
+    assert not keras_private.builds_when_called(layer)
+    assert not keras_private.builds_when_called(keras.Sequential([layer]))
+    composite(keras.Input((4,)))
+    assert all(composite.symbolic) and composite.inside.built
+    assert not keras_private.in_symbolic_call()
+
+
+def test_automatic_names():
+    class BigBirdBackbone(keras.layers.Layer):
+        pass
+
+    for make in (
+        BigBirdBackbone,
+        keras.Sequential,
+        lambda: keras.layers.Dense(2),
+    ):
+        first, second = make(), make()
+        name = keras_private.automatic_name(first)
+        assert first.name.startswith(name) and second.name.startswith(name)
+        assert keras_private.automatic_name(second) == name
+    assert keras_private.automatic_name(keras.layers.Dense(2, name="q")) is None
 
 
 def test_files_name_layers_after_their_classes(tmp_path):

@@ -242,3 +242,87 @@ def tiny_converted_config():
     bert = tiny_bert()
     keras_srlora.enable_srlora(bert, rank=2)
     return bert.get_config()
+
+
+@keras.saving.register_keras_serializable("keras_srlora_tests")
+class MakesItsInside(keras.Model):
+    """A subclassed model; its file does not list what is inside of it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.encoder = keras.Sequential(
+            [
+                keras.layers.Dense(8, "tanh", name="one"),
+                keras.layers.Dense(8, "tanh", name="two"),
+            ]
+        )
+        self.head = keras.layers.Dense(3, name="head")
+
+    def call(self, inputs):
+        return self.head(self.encoder(inputs))
+
+
+def tuned_inside(x, recipe="paper"):
+    """A model whose encoder alone was converted, and its layers."""
+    model = MakesItsInside()
+    pretrained = to_numpy(model(x))
+    layers = keras_srlora.enable_srlora(
+        model.encoder, 2, target_layer_names=["one", "two"], recipe=recipe
+    )
+    for layer in layers:
+        layer.lora_kernel_b.assign_add(np.ones(layer.lora_kernel_b.shape))
+    return model, layers, pretrained
+
+
+def assert_computes(model, x, expected):
+    np.testing.assert_allclose(to_numpy(model(x)), expected, atol=1e-5)
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((4, 8)).astype("float32")
+
+
+@pytest.mark.parametrize("back", ["merge_srlora", "unload_srlora"])
+def test_what_is_around_a_converted_model_is_saved_with_it(back, x, tmp_path):
+    model, _, _ = tuned_inside(x)
+    model.save(tmp_path / "converted.keras")
+    loaded = keras.models.load_model(tmp_path / "converted.keras")
+    assert_computes(loaded, x, to_numpy(model(x)))
+    getattr(keras_srlora, back)(model.encoder)
+    assert type(model) is MakesItsInside
+    model.save(tmp_path / "plain.keras")
+    loaded = keras.models.load_model(tmp_path / "plain.keras")
+    assert type(loaded) is MakesItsInside
+    assert_computes(loaded, x, to_numpy(model(x)))
+
+
+def test_a_file_saved_while_switched_off_holds_the_pretrained_model(
+    x, tmp_path
+):
+    model, _, pretrained = tuned_inside(x)
+    tuned = to_numpy(model(x))
+    with keras_srlora.adapter_disabled(model):
+        model.save(tmp_path / "model.keras")
+        model.save_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(to_numpy(model(x)), tuned)
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    model.load_weights(tmp_path / "model.weights.h5")
+    for other in (loaded, model):
+        assert_computes(other, x, pretrained)
+        with keras_srlora.adapter_disabled(other):
+            assert_computes(other, x, pretrained)
+
+
+@pytest.mark.parametrize("recipe", ["adaptive", "paper"])
+def test_a_kernel_is_decomposed_with_what_its_factors_learnt(recipe, x):
+    """Afterwards that is the pretrained one, and nothing is learnt."""
+    model, layers, _ = tuned_inside(x, recipe)
+    tuned = to_numpy(model(x))
+    for layer in layers:
+        layer.initialize_factors()
+    assert_computes(model, x, tuned)
+    with keras_srlora.adapter_disabled(model):
+        assert_computes(model, x, tuned)
+    keras_srlora.unload_srlora(model)
+    assert_computes(model, x, tuned)

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from support import bert_outputs
 from support import dense_layer
 from support import matrix
 from support import regression_data
@@ -439,10 +440,17 @@ def test_a_compiled_model_is_traced_anew(rng):
     np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-5)
 
 
-def test_an_outer_model_that_cannot_be_reached_is_said(bert):
-    classifier(bert)
-    with pytest.warns(UserWarning, match="part of another model"):
-        enable_srlora(bert, rank=2)
+def test_an_outer_model_is_converted_with_its_inner_model(bert, tmp_path):
+    """So that its file loads, too; see `tests/silent`."""
+    outer = classifier(bert)
+    layers = enable_srlora(bert, rank=2)
+    for layer in layers:
+        layer.lora_kernel_b.assign_add(0.1 * np.ones(layer.factors[1].shape))
+    expected = bert_outputs(bert)
+    outer.save(tmp_path / "outer.keras")
+    loaded = keras.models.load_model(tmp_path / "outer.keras")
+    inner = next(x for x in loaded.layers if type(x).__name__ == "BertBackbone")
+    np.testing.assert_allclose(bert_outputs(inner), expected, atol=1e-5)
 
 
 # Bad input is refused before anything is changed.
@@ -578,7 +586,8 @@ def test_a_subclassed_model_needs_names():
     model(np.zeros((1, 4), "float32"))
     refused(model, "Name the layers to convert")
     name = model.hidden.name
-    (layer,) = enable_srlora(model, rank=2, target_layer_names=[name])
+    with pytest.warns(UserWarning, match=f"'{model.head.name}'.*trainable"):
+        (layer,) = enable_srlora(model, rank=2, target_layer_names=[name])
     assert layer is model.hidden
     assert {v.path.split("/")[-2] for v in model.trainable_variables} == {
         name,

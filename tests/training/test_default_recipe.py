@@ -47,23 +47,23 @@ def quick(**changes):
 
 
 def test_a_pair_lives_a_part_of_the_run_and_restarts_until_the_stop():
-    # 400 steps: a life is 20, two pairs take turns, 0.85 of the run is 340.
+    # 400 steps: a life is 40, two pairs take turns, 0.85 of the run is 340.
     events = fit(converted(quick()), RecompositionCallback(), 50)
     steps = [event.step for event in events]
-    assert steps == list(range(10, 340, 10))
+    assert steps == list(range(20, 340, 20))
     lives = {}
     for event in events:
         (slot,) = event.slots
         lives.setdefault(slot, [0]).append(event.step)
     for begins in lives.values():
         # The first pair of all has half a life: both began at once.
-        assert set(np.diff(begins)[1:]) == {20}
+        assert set(np.diff(begins)[1:]) == {40}
 
 
 def test_a_life_has_a_least_length():
-    # 80 steps: a twentieth is 4, below the 8 of the recipe.
-    events = fit(converted(quick()), RecompositionCallback(), 10)
-    assert [event.step for event in events] == list(range(4, 68, 4))
+    # 64 steps: a tenth is 6, below the 8 of the recipe.
+    events = fit(converted(quick()), RecompositionCallback(), 8)
+    assert [event.step for event in events] == list(range(4, 54, 4))
 
 
 def test_a_short_run_is_left_alone_and_verbose_says_why(capsys):

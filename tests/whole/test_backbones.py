@@ -77,21 +77,6 @@ def table():
         pathlib.Path(path).write_text("\n".join([head, *lines]) + "\n")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """JAX compiles each operation of each shape; that is most of the time."""
-    if keras.backend.backend() != "jax":
-        yield
-        return
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    # Other files of this process compare runs to the bit.
-    jax.clear_caches()
-
-
 # What KerasHub's layers, and torch on their behalf, say of themselves.
 @pytest.mark.filterwarnings(
     "ignore:`build.*` was called on layer:UserWarning",
@@ -102,8 +87,8 @@ def _compile_fast():
 @pytest.mark.parametrize("name", exported_classes())
 def test_backbone(name, table, tmp_path, rng):
     assert name in backbones.BACKBONES, (
-        f"KerasHub exports {name}, which `tests/backbones.py` does not make: "
-        "add an entry to `BACKBONES`."
+        f"KerasHub exports {name}, which `tests/whole/backbones.py` does not "
+        "make: add an entry to `BACKBONES`."
     )
     slow = backbones.SLOW | (
         backbones.SLOW_ON_JAX if BACKEND == "jax" else set()

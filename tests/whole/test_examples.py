@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import struct
 import subprocess
 import sys
@@ -157,7 +158,9 @@ def test_notebook_runs_from_top_to_bottom():
         for output in cell.get("outputs", [])
     )
     assert printed.count("largest difference of a logit") == 2
-    assert "144 recompositions of a layer" in printed
+    # Of 36 layers, each time.
+    count = int(re.search(r"(\d+) recompositions of a layer", printed)[1])
+    assert count > 0 and count % 36 == 0
 
 
 # The parts.
