@@ -147,7 +147,7 @@ def a_loss():
 
 def fresh_models(page, block):
     """`model` and `backbone`, where the block mentions one of them."""
-    if not re.search(r"\b(model|backbone)\b", block):
+    if page == "pictures.md" or not re.search(r"\b(model|backbone)\b", block):
         return {}
     plain = "enable_srlora(" in block
     if page in ("custom_loops.md", "devices.md"):
@@ -288,6 +288,20 @@ def of_devices():
     }
 
 
+def of_pictures():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    backbone = bert()
+    keras_srlora.enable_srlora(backbone, rank=2, recipe="paper")
+    model = classifier(backbone)
+    callback = keras_srlora.RecompositionCallback(interval=1)
+    train = names_for("", None)["train"]
+    model.fit(train, epochs=2, verbose=0, callbacks=[callback])
+    keras_srlora.save_adapter(model, "lora.safetensors", include_trainable=True)
+    return {"model": model, "callback": callback, "losses": [0.7, 0.6, 0.5]}
+
+
 def of_resuming():
     def build_and_convert():
         backbone = bert()
@@ -303,6 +317,7 @@ OF_PAGES = {
     "custom_loops.md": of_custom_loops,
     "devices.md": of_devices,
     "index.md": of_index,
+    "pictures.md": of_pictures,
     "resuming.md": of_resuming,
 }
 
