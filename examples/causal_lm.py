@@ -24,7 +24,7 @@ Everything comes from packages, no hub is needed:
 With a network, any causal language model of KerasHub does, such as
 `--preset llama3.2_1b`; the check with PEFT is for those with a Llama inside.
 Where time is short, `--num-layers 8` takes the first layers of SmolLM2 only,
-which write no sense. Where there is time, `--train-examples 2800` makes a run
+which write no sense. Where there is time, `--train-examples 4000` makes a run
 of 1,000 steps, in which the default recipe recomposes; a shorter one is LoRA.
 """
 
