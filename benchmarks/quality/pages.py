@@ -39,6 +39,7 @@ LONG = {
     "code_6000": "GPT, 96 wide, 6,000 steps",
     "autoencoder_digits": "autoencoder, 1,488 steps",
     "teacher_power_law": "teacher, power law, 1,500 steps",
+    "teacher_rank_48": "teacher, flat update of rank 48, 1,500 steps",
     "vit_clothes": "ViT, digits to clothes, 3,560 steps",
 }
 # The default, or the prototype that does the same, with the life of a pair.
