@@ -8,8 +8,7 @@ import pytest
 from support import to_numpy
 
 import keras_srlora
-from keras_srlora.adapters.others import saved_always
-from keras_srlora.layers.find import srlora_layers
+from keras_srlora.conversion.freezing import saved_variables
 
 layers = keras.layers
 WIDTH = 8
@@ -31,10 +30,6 @@ def convert(model, names=NAMES, **arguments):
     return keras_srlora.enable_srlora(
         model, 2, target_layer_names=names, **arguments
     )
-
-
-def saved_variables(model):
-    return saved_always(model, srlora_layers(model))
 
 
 def others(model):
