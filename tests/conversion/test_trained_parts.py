@@ -183,6 +183,16 @@ def test_a_converted_layer_is_not_trained_whole():
         convert(model, ["second"], modules_to_save=["first"])
 
 
+def test_modules_of_an_outer_model_are_not_saved_with_the_inner():
+    inner = classifier()
+    outer = keras.Sequential([inner, layers.Dense(2, name="top")])
+    outer.build((None, WIDTH))
+    convert(outer, modules_to_save=["top"])
+    assert len(saved_variables(outer)) == 2
+    with pytest.raises(ValueError, match="top"):
+        saved_variables(inner)
+
+
 # Files of weights, where some variables of a plain layer are frozen.
 
 
