@@ -60,9 +60,16 @@ def parse(page, *parsers):
 PYTHON_PAGES = [
     page for page in PAGES if "```python\n" in page.read_text("utf-8")
 ]
+# Warnings of others: of PEFT, of TensorBoard's protocol buffers.
+WARN = ("adapters.md", "pictures.md")
 
 
-@pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_of)
+def with_marks(page):
+    warns = pytest.mark.filterwarnings("default")
+    return pytest.param(page, marks=[warns] if page.name in WARN else [])
+
+
+@pytest.mark.parametrize("page", map(with_marks, PYTHON_PAGES), ids=name_of)
 def test_python_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     put_stand_ins(monkeypatch, page.name)
@@ -106,7 +113,7 @@ def put_stand_ins(monkeypatch, page):
 
 
 def bert():
-    return tiny_bert(num_layers=1)
+    return tiny_bert(num_layers=1, name="bert_backbone")
 
 
 def transformers_bert(name):
@@ -233,10 +240,10 @@ def of_adapters():
     train = names_for("", None)["train"]
     names = {name: train for name in ("more", "news", "reviews")}
     names["build_pretrained_model"] = lambda: classifier(bert())
-    backbone = bert()
-    keras_srlora.enable_srlora(backbone, rank=8)
+    model = classifier(bert())
+    keras_srlora.enable_srlora(model, rank=8)
     keras_srlora.save_adapter(
-        classifier(backbone), "questions.safetensors", include_trainable=True
+        model, "questions.safetensors", include_trainable=True
     )
     if BACKEND == "torch":
         import peft
