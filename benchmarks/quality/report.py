@@ -25,6 +25,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "recipes.md"
 VERDICTS = ("better", "level", "worse")
 SUMMARISED = (
     "adaptive",
+    "flat_loss",
     "lora_restarts",
     "paper",
     "pissa",
@@ -32,7 +33,15 @@ SUMMARISED = (
     "adalora_like",
     "lora",
 )
-PLOTTED = ("lora", "lora_4r", "pissa", "paper", "lora_restarts", "adaptive")
+PLOTTED = (
+    "lora",
+    "lora_4r",
+    "pissa",
+    "paper",
+    "lora_restarts",
+    "flat_loss",
+    "adaptive",
+)
 SMALLEST_GAP = 1e-3  # of losses that begin near 1
 FEWEST_SEEDS = 3  # that an interval, or a figure of the documentation, needs
 COLUMNS = (
@@ -70,7 +79,7 @@ HEADINGS = {
     "pissa": "PiSSA",
     "paper": "`paper`",
     "lora_restarts": "`lora_restarts`",
-    "adaptive": "`adaptive`",
+    "flat_loss": "behind a gate",
 }
 CURVE = (1, 2, 4, 8, 16, 32, 64)
 # Long runs with plenty of data, at LoRA's own best learning rate.
@@ -80,6 +89,14 @@ LONG = {
     "code_6000": "GPT, 96 wide, 6,000 steps",
     "vit_clothes": "ViT, digits to clothes, 3,560 steps",
 }
+# Task, rank, rate: LoRA's best rates, and one below that of the GPT.
+PROTOTYPED = (
+    ("code_small", 2, 0.03, "GPT at 3e-2"),
+    ("code_small", 2, 0.01, "GPT at 1e-2"),
+    ("vit_clothes", 2, 0.01, "ViT at 1e-2"),
+    ("autoencoder_digits", 2, 0.03, "autoencoder at 3e-2"),
+    ("digits", 2, 0.03, "MLP at 3e-2"),
+)
 LONG_METHODS = ("lora", "lora_4r", "paper", "lora_restarts", "adaptive")
 
 
@@ -103,6 +120,7 @@ def main():
     fill_in(PAGE, "figures", figures(tasks))
     fill_in(PAGE, "curve", curve(tasks))
     fill_in(PAGE, "long", long_runs(done))
+    fill_in(PAGE, "prototypes", prototypes(done))
 
 
 def chosen_runs(done):
@@ -195,15 +213,41 @@ def figures(tasks):
     rows = [["task", "rank", *HEADINGS.values(), "to LoRA"]]
     for task, title in TITLES.items():
         cells = tasks[task]
-        for rank in sorted(r for r, method in cells if method == "adaptive"):
+        for rank in sorted(r for r, method in cells if method == "flat_loss"):
             found = [method_of(cells, rank, method) for method in HEADINGS]
             to_lora = verdict(
-                differences(cells[rank, "adaptive"], cells[rank, "lora"])
+                differences(cells[rank, "flat_loss"], cells[rank, "lora"])
             )
             to_lora = f"**{to_lora}**" if to_lora != "level" else to_lora
             rows.append([title, rank, *map(shown, found), to_lora])
             title = ""
     return markdown(rows)
+
+
+def prototypes(done):
+    """One row a prototype, one column a task at one rate; the first seed."""
+    methods = ["lora", "lora_4r"]
+    for task, rank, rate, _ in PROTOTYPED:
+        methods += [
+            method
+            for _, method, r, lr, _ in done[task]
+            if method.startswith("x:") and (r, lr) == (rank, rate)
+        ]
+    rows = [["method", *(title for *_, title in PROTOTYPED)]]
+    for method in dict.fromkeys(methods):
+        row = []
+        for task, rank, rate, _ in PROTOTYPED:
+            found = at_rate(done[task], task, method, rank, rate)
+            row.append(f"{found[0]['test_loss']:.4f}" if 0 in found else "–")
+        rows.append([described(method), *row])
+    return markdown(rows)
+
+
+def described(method):
+    """A method's name in words; what is not said is a prototype's default."""
+    if not method.startswith("x:"):
+        return HEADINGS[method]
+    return f"`{method.removeprefix('x:').replace(',', ' ')}`"
 
 
 def long_runs(done):
@@ -339,8 +383,8 @@ def plot(task, cells, path):
         if method not in ranks:
             continue
         losses = [test_loss(cells[rank, method]) for rank in ranks[method]]
-        # Dashed: where it is level the default lies on LoRA's line.
-        line = "--" if method == "adaptive" else "-"
+        # Dashed: where it is level the gated recipe lies on LoRA's line.
+        line = "--" if method == "flat_loss" else "-"
         axes.plot(
             ranks[method],
             losses,

@@ -1,1 +1,1 @@
-"""Adapters as files: saved, loaded, switched off, exported."""
+"""Adapters: saved, loaded, switched, combined, switched off, exported."""

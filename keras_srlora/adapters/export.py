@@ -112,7 +112,8 @@ def export_lora(
         b = np.zeros((rank, shape[-1]), "float32")
         # A layer of the same name that was not adapted gets an update of zero.
         if id(layer) in factored:
-            left, right = balanced(*factored[id(layer)], rank)
+            left, values, right = factored[id(layer)]
+            left, right = balanced(left, values, right, rank)
             a[:] = left.reshape(a.shape)
             b[:] = right
         arrays[index] = a, b

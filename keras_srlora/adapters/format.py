@@ -1,10 +1,11 @@
 """What an adapter file holds of each layer, and whether it fits a model."""
 
-import re
+from typing import Any
 
 import numpy as np
 from keras import ops
 
+from keras_srlora.adapters.names import find_by_path
 from keras_srlora.backend import keras_private
 from keras_srlora.conversion.enable import check_convertible
 from keras_srlora.conversion.enable import plain_matrix
@@ -44,7 +45,11 @@ DESCRIPTION = {
 # Fields that are written where they are not what they are here, so that other
 # files can be read by versions that do not know them.
 ADDED = {"use_rslora": False, "modules_to_save": []}
-TYPES = {**DESCRIPTION, "use_rslora": bool, "modules_to_save": list}
+TYPES: dict[str, Any] = {
+    **DESCRIPTION,
+    "use_rslora": bool,
+    "modules_to_save": list,
+}
 TRAINABLE = "trainable"
 # Names of the factors in a file, whatever the layer calls them.
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
@@ -186,21 +191,23 @@ def read_checked(model, filepath, any_rank=False):
     """
     with tensors_file.opened(filepath, KIND) as (opened, metadata):
         tensors = dict(opened)
-    by_path, paths = {}, layer_paths(model)
+    by_path: dict = {}
+    paths = layer_paths(model)
     for layer in keras_private.flatten_layers(model):
         by_path.setdefault(paths[id(layer)], []).append(layer)
     plans = []
     for saved in _descriptions(metadata, filepath):
-        layer = _find(saved["path"], by_path, "layer", filepath)
+        layer = find_by_path(saved["path"], by_path, "layer", filepath)
         arrays = _take(tensors, f"{saved['path']}/")
         _check_fits(layer, saved, arrays, filepath, any_rank)
         plans.append((layer, saved, arrays))
-    variables, paths = {}, variable_paths(model)
+    variables: dict = {}
+    paths = variable_paths(model)
     for variable in model.variables:
         variables.setdefault(paths[id(variable)], []).append(variable)
     others = []
     for path, array in _take(tensors, f"{TRAINABLE}/").items():
-        variable = _find(path, variables, "variable", filepath)
+        variable = find_by_path(path, variables, "variable", filepath)
         _check_variable(variable, path, array, filepath)
         others.append((variable, array))
     return plans, others
@@ -218,7 +225,9 @@ def _descriptions(metadata, filepath):
             "it again with `keras_srlora.save_adapter`."
         )
 
-    layers = metadata.get("layers") if isinstance(metadata, dict) else None
+    layers: Any = None
+    if isinstance(metadata, dict):
+        layers = metadata.get("layers")
     if not isinstance(layers, list) or not layers:
         refuse("they name no layers")
     for saved in layers:
@@ -245,41 +254,6 @@ def _descriptions(metadata, filepath):
     if len(set(paths)) < len(paths):
         refuse("a layer is named twice")
     return layers
-
-
-def _find(path, by_path, what, filepath):
-    """The one layer, or variable, of a path."""
-    found = by_path.get(path, [])
-    if len(found) == 1:
-        return found[0]
-    raise ValueError(
-        f"{str(filepath)!r} is for a {what} {path!r}; the model has "
-        f"{len(found)} of that path. {_explain_names(path, by_path)}"
-    )
-
-
-def _explain_names(path, by_path):
-    """What to do where a path is missing, or is there several times."""
-    counted = _without_numbers(path)
-    near = [p for p in by_path if p and _without_numbers(p) == counted]
-    if path in by_path or not near:
-        return (
-            "Load it on the model that it was trained on, built with the same "
-            "names."
-        )
-    return (
-        "These are automatic names, which Keras counts up within a process: a "
-        "model that is built again, in the same notebook for example, has "
-        "others. Call `keras.utils.clear_session()` before the model is built, "
-        "each time, or give its layers names of their own, as in "
-        '`Dense(8, name="projection")`. '
-        f"Received: a model with {near[:3]}"
-    )
-
-
-def _without_numbers(path):
-    """Without what Keras appends to the names that it makes."""
-    return re.sub(r"_\d+(?=/|$)", "", path)
 
 
 def is_plain(layer):
@@ -356,9 +330,11 @@ def _check_arrays(kernel_shape, saved, arrays, file):
             f"fused ({fused}) than its {saved['target_rank']} directions are "
             "good for."
         )
+    rows, columns = kernel_shape
     expected = _shapes(
         saved["rank"],
-        *kernel_shape,
+        rows,
+        columns,
         saved["target_rank"],
         kept,
         fused,

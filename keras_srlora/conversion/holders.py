@@ -5,6 +5,7 @@ and an optimizer of its own.
 """
 
 import warnings
+from typing import Any
 
 from keras_srlora.backend import compiled
 from keras_srlora.backend import devices
@@ -90,7 +91,7 @@ def _without_wrapper(optimizer):
     """
     if hasattr(optimizer, "unwrap"):
         return optimizer.unwrap()
-    inner = getattr(optimizer, "inner_optimizer", None)
+    inner: Any = getattr(optimizer, "inner_optimizer", None)
     if hasattr(inner, "unwrap"):
         optimizer.inner_optimizer = inner.unwrap()
         for name in ("save_own_variables", "load_own_variables"):

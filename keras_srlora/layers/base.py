@@ -6,11 +6,9 @@ Adding and removing factors is in `factors.py`; how a frozen kernel is stored in
 remembers in `record.py`.
 """
 
-import keras
 from keras import ops
 
 from keras_srlora.backend import keras_private
-from keras_srlora.backend import keras_quantization
 from keras_srlora.backend.arguments import as_python_number
 from keras_srlora.functional import contraction
 from keras_srlora.layers import pairs
@@ -20,16 +18,18 @@ from keras_srlora.layers.factors import ARGUMENTS
 from keras_srlora.layers.factors import LATER_ARGUMENTS
 from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.finite import check_finite_factors
+from keras_srlora.layers.quantization import RefusesQuantization
 from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_arguments
 from keras_srlora.layers.requirements import check_built
 from keras_srlora.layers.requirements import check_initializable
+from keras_srlora.layers.requirements import check_nothing_beside
 from keras_srlora.layers.requirements import check_quantization
 from keras_srlora.layers.requirements import check_rank
 from keras_srlora.recipes.definition import get_recipe
 
 
-class SRLoRALayer:
+class SRLoRALayer(RefusesQuantization):
     """Mixin before a Keras layer whose kernel is to be frozen and adapted.
 
     The layer's variables: the kernel (frozen), two factors of shapes
@@ -50,6 +50,7 @@ class SRLoRALayer:
     factor_names = "lora_kernel_a", "lora_kernel_b"
     # Whether `enable_srlora` converts such layers without being asked.
     converted_by_default = True
+    modules_to_save: tuple = ()
 
     def __init__(
         self,
@@ -139,18 +140,6 @@ class SRLoRALayer:
             "`keras_srlora.merge_srlora(model)` first."
         )
 
-    @property
-    def dtype_policy(self):
-        return super().dtype_policy
-
-    @dtype_policy.setter
-    def dtype_policy(self, policy):
-        # Keras quantizes a built layer that gets the policy of a quantized one.
-        if keras.dtype_policies.get(policy).quantization_mode is not None:
-            if self.built and self.quantization_mode is None:
-                refuse_to_quantize(self)
-        keras_quantization.set_dtype_policy(self, policy)
-
     # The step path.
 
     def call(self, inputs, training=None):
@@ -239,8 +228,7 @@ class SRLoRALayer:
 
         Returns:
             tensor of the kernel's shape, in float32 (float64 where the kernel
-            is): frozen kernel, before it was rounded to its dtype, plus scaled
-            product of the factors.
+            is), not rounded to its dtype.
         """
         check_built(self)
         matrix = pairs.effective_matrix(self)
@@ -249,10 +237,8 @@ class SRLoRALayer:
     def initialize_factors(self):
         """Decomposes the kernel that the layer has now, and starts the pairs.
 
-        Where the recipe starts as PiSSA does, the first `rank` directions go
-        into the factors and out of the kernel (arXiv 2404.02948); where it
-        starts as LoRA, the factors stay as built (`a` random, `b` zero). The
-        layer's function does not change.
+        They start as the recipe says: as LoRA's, or with a part of the kernel
+        (PiSSA, arXiv 2404.02948). The layer's function does not change.
 
         Raises:
             ValueError: if the layer is not built, its kernel has an entry that
@@ -261,16 +247,7 @@ class SRLoRALayer:
         """
         check_initializable(self)
         check_finite_factors([self])
-        fused, _ = pairs.frozen_rows(self, self.record)
-        if self.frozen.room is not None and len(fused):
-            raise ValueError(
-                f"The kernel of layer {self.path!r} is quantized and cannot "
-                "take up the pairs that were fused beside it, so that it "
-                "cannot be decomposed with them. Call "
-                "`keras_srlora.merge_srlora(model)`, which makes it a float "
-                "one, `model.quantize` and `enable_srlora` again. Received: "
-                f"quantization_mode={self.quantization_mode!r}"
-            )
+        check_nothing_beside(self)
         pairs.start_pairs(self, self.recipe)
 
     # Config and weights.
@@ -302,27 +279,3 @@ class SRLoRALayer:
 
     def load_own_variables(self, store):
         weights_file.load(self, store)
-
-
-def refuse_to_quantize(layer):
-    """Raises `ValueError` for an SRLoRA layer, and for a model that holds one.
-
-    Keras would quantize the frozen kernel, or everything around it, and leave
-    the factors to a layer that is neither.
-    """
-    found = [
-        x.path
-        for x in keras_private.flatten_layers(layer)
-        if isinstance(x, SRLoRALayer) and x.built
-    ]
-    if found:
-        raise ValueError(
-            "SRLoRA layers cannot be quantized, nor can a model that holds "
-            "any. Call `keras_srlora.merge_srlora(model)` first; or quantize "
-            "the plain model and convert that. Received: "
-            f"{type(layer).__name__} {layer.name!r} with {len(found)} SRLoRA "
-            f"layers, such as {found[0]!r}"
-        )
-
-
-keras_quantization.ask_before_quantizing(refuse_to_quantize)

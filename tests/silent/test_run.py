@@ -110,7 +110,9 @@ def steps_of(loss="mse", kind=None):
     inputs = keras.Input((12,))
     layer = keras_srlora.SRLoRADense(12, rank=1, use_bias=False, name="student")
     # The default recipe, for a short run.
-    layer.recipe = dataclasses.replace(layer.recipe, steps_per_pair=5)
+    layer.recipe = dataclasses.replace(
+        layer.recipe, steps_per_pair=5, shortest_run=1
+    )
     outputs = layer(inputs)
     if kind == "add_loss":
         outputs = AddsALoss()(outputs)
@@ -439,7 +441,8 @@ def test_an_interval_may_be_an_integer_of_numpy(kind, rng):
 def test_fractions_may_be_numbers_of_numpy(kind, rng):
     model, x, y = model_and_data(rng, "adam", "paper")
     beta = kind(0) if kind is np.int64 else kind(0.85)
-    callback = RecompositionCallback(2, kind(1), beta, beta)
+    recipe = keras_srlora.Recipe(score="magnitude", beta1=beta, beta2=beta)
+    callback = RecompositionCallback(2, kind(1), recipe)
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[callback])
     assert callback.events
     json.dumps(callback.to_dict())
@@ -454,7 +457,7 @@ def test_ranks_may_be_integers_of_numpy(kind, rng, tmp_path):
     keras_srlora.enable_srlora(
         model,
         kind(2),
-        kind(6),
+        target_rank=kind(6),
         lora_alpha=kind(4),
         target_layer_names=["first", "second"],
         rank_pattern=pattern,

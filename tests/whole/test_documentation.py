@@ -14,15 +14,14 @@ import pathlib
 import re
 import shlex
 import socket
-import subprocess
-import sys
 import unittest
 from importlib.util import find_spec
 
 import keras
 import numpy as np
 import pytest
-from support import python_path
+from processes import Child
+from processes import run_script
 from support import tiny_bert
 
 import keras_srlora
@@ -45,6 +44,8 @@ pytestmark = [
     ),
     # Keras, of the parts of a model that it does not quantize.
     pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method"),
+    # A head that is trained with each adapter.
+    pytest.mark.filterwarnings("ignore:.*in the new adapter"),
 ]
 
 
@@ -150,6 +151,8 @@ def fresh_models(page, block):
     """`model` and `backbone`, where the block mentions one of them."""
     if not re.search(r"\b(model|backbone)\b", block):
         return {}
+    if page == "pictures.md" or "combine_adapters" in block:
+        return {}  # what the page has done so far
     plain = "enable_srlora(" in block
     if page in ("custom_loops.md", "devices.md"):
         model = dense_model()
@@ -227,10 +230,14 @@ def of_readme():
 
 
 def of_adapters():
-    names = {
-        "more": names_for("", None)["train"],
-        "build_the_same_pretrained_model": lambda: classifier(bert()),
-    }
+    train = names_for("", None)["train"]
+    names = {name: train for name in ("more", "news", "reviews")}
+    names["build_pretrained_model"] = lambda: classifier(bert())
+    backbone = bert()
+    keras_srlora.enable_srlora(backbone, rank=8)
+    keras_srlora.save_adapter(
+        classifier(backbone), "questions.safetensors", include_trainable=True
+    )
     if BACKEND == "torch":
         import peft
         import transformers
@@ -289,6 +296,20 @@ def of_devices():
     }
 
 
+def of_pictures():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    backbone = bert()
+    keras_srlora.enable_srlora(backbone, rank=2, recipe="paper")
+    model = classifier(backbone)
+    callback = keras_srlora.RecompositionCallback(interval=1)
+    train = names_for("", None)["train"]
+    model.fit(train, epochs=2, verbose=0, callbacks=[callback])
+    keras_srlora.save_adapter(model, "lora.safetensors", include_trainable=True)
+    return {"model": model, "callback": callback, "losses": [0.7, 0.6, 0.5]}
+
+
 def of_resuming():
     def build_and_convert():
         backbone = bert()
@@ -304,6 +325,7 @@ OF_PAGES = {
     "custom_loops.md": of_custom_loops,
     "devices.md": of_devices,
     "index.md": of_index,
+    "pictures.md": of_pictures,
     "resuming.md": of_resuming,
 }
 
@@ -317,8 +339,7 @@ COMMANDS = re.compile(r"^```shell\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PORT = re.compile(r"127\.0\.0\.1:(\d+)")
 
 
-@functools.cache
-def device_commands():
+def device_blocks():
     """Shell blocks of the page that run on this backend."""
     text = (DOCS / "devices.md").read_text("utf-8")
     return [
@@ -328,36 +349,38 @@ def device_commands():
     ]
 
 
-def test_each_backend_has_commands():
-    assert device_commands()
+def test_each_backend_has_scripts():
+    assert device_blocks()
 
 
-@pytest.mark.parametrize("index", range(len(device_commands())))
-def test_scripts_on_many_devices_run(index, tmp_path):
+@pytest.mark.parametrize("block", device_blocks())
+def test_scripts_on_many_devices_run(block, tmp_path):
     text = with_free_ports((DOCS / "devices.md").read_text("utf-8"))
     for name, script in TITLED.findall(text):
         (tmp_path / name).write_text(script, "utf-8")
-    block = device_commands()[index]
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": python_path(),
-            "OMP_NUM_THREADS": "1",
-            "PATH": os.pathsep.join(
-                [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
-            ),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
+    # Lines one after the other; what `&` separates at the same time.
+    for line in block.splitlines():
+        children = [
+            start(command, tmp_path, tmp_path / f"log_{index}.txt")
+            for index, command in enumerate(re.split("[&;]", line))
+            if "python" in command
+        ]
+        for child in children:
+            child.assert_ends(timeout=300)
+        for index in range(len(children)):
+            printed = (tmp_path / f"log_{index}.txt").read_text("utf-8")
+            assert "loss" in printed
+
+
+def start(command, folder, log):
+    """Starts `NAME=value python script.py argument`, with Keras imported."""
+    words = shlex.split(command)
+    python = words.index("python")
+    environment = dict(word.split("=", 1) for word in words[:python])
+    script, *arguments = words[python + 1 :]
+    return Child(
+        run_script, (str(folder / script), arguments), log, environment
     )
-    output = result.stdout
-    assert result.returncode == 0 and "Traceback" not in output, output
-    # `wait` hides how the others ended: each prints its last loss.
-    assert output.count("loss") >= block.count(".py"), output
 
 
 def with_free_ports(text):
