@@ -7,8 +7,8 @@ and an optimizer of its own.
 import warnings
 from typing import Any
 
-from keras_srlora.backend import compiled
 from keras_srlora.backend import devices
+from keras_srlora.backend import keras_compiled
 from keras_srlora.backend import keras_optimizers
 from keras_srlora.backend import keras_private
 
@@ -30,7 +30,7 @@ class Holders:
         found = compiled.living_models(layers)
         others = [x for x in found if x is not model]
         self.models = [model, *others]
-        self._functions = compiled.functions_that_read(
+        self._functions = keras_compiled.functions_that_read(
             [v for layer in layers for v in layer.variables]
         )
 
@@ -51,7 +51,7 @@ class Holders:
         step 0; one that cannot is taken off its model, with a warning.
         """
         for function in self._functions:
-            compiled.trace_anew(function)
+            keras_compiled.trace_anew(function)
         failed = []
         for model in self.models:
             keras_private.refresh_torch_parameters(model)

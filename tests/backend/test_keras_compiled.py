@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_srlora.backend import compiled
+from keras_srlora.backend import keras_compiled
 
 tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="`tf.function`"
@@ -94,11 +94,11 @@ def test_a_function_that_reads_a_variable_traces_anew(layer):
         function(x)
         function(x)
     assert traced == ["inner", "other"]
-    found = compiled.functions_that_read([layer.kernel])
+    found = keras_compiled.functions_that_read([layer.kernel])
     assert {id(outer), id(inner)} <= set(map(id, found))
     assert id(other) not in set(map(id, found))
     for function in found:
-        compiled.trace_anew(function)
+        keras_compiled.trace_anew(function)
     outer(x)
     other(x)
     assert traced == ["inner", "other", "inner"]
@@ -119,12 +119,12 @@ def test_a_function_that_made_variables_keeps_them(layer):
 
     module, x = Module(), np.ones((2, 4), "float32")
     before, made = module(x), module.made
-    for function in compiled.functions_that_read([layer.kernel]):
-        compiled.trace_anew(function)
+    for function in keras_compiled.functions_that_read([layer.kernel]):
+        keras_compiled.trace_anew(function)
     np.testing.assert_array_equal(module(x), before)
     assert module.made is made
 
 
 def test_nothing_is_found_on_other_backends(layer):
     if keras.backend.backend() != "tensorflow":
-        assert compiled.functions_that_read(layer.variables) == []
+        assert keras_compiled.functions_that_read(layer.variables) == []
