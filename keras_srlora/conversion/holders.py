@@ -27,7 +27,7 @@ class Holders:
     """
 
     def __init__(self, model, layers):
-        found = compiled.living_models(layers)
+        found = keras_compiled.living_models(layers)
         others = [x for x in found if x is not model]
         self.models = [model, *others]
         self._functions = keras_compiled.functions_that_read(
@@ -55,7 +55,7 @@ class Holders:
         failed = []
         for model in self.models:
             keras_private.refresh_torch_parameters(model)
-            compiled.drop_compiled_functions(model)
+            keras_compiled.drop_compiled_functions(model)
             failed += _renew_optimizer(model)
         if failed:
             warnings.warn(

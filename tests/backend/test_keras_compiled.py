@@ -1,7 +1,7 @@
 """What was compiled before a layer changed is found.
 
 Where one of these fails after an update of Keras or TensorFlow,
-`keras_srlora/backend/compiled.py` has to be written anew.
+`keras_srlora/backend/keras_compiled.py` has to be written anew.
 """
 
 import keras
@@ -27,7 +27,7 @@ def test_all_living_models_that_hold_a_layer_are_found(layer):
     inputs = keras.Input((4,))
     second = keras.Model(inputs, first(inputs))
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    found = compiled.living_models([layer])
+    found = keras_compiled.living_models([layer])
     assert {id(first), id(second)} <= set(map(id, found))
     assert id(other) not in set(map(id, found))
 
@@ -44,7 +44,7 @@ def test_a_model_without_its_beginning_is_passed_over(layer):
         Broken()
     assert Broken.kept
     model = keras.Sequential([keras.Input((4,)), layer])
-    assert id(model) in set(map(id, compiled.living_models([layer])))
+    assert id(model) in set(map(id, keras_compiled.living_models([layer])))
 
 
 def test_every_function_that_a_model_makes_is_dropped(layer):
@@ -63,7 +63,7 @@ def test_every_function_that_a_model_makes_is_dropped(layer):
     model.make_predict_function()
     model.make_generate_function()
     model.user_function = "kept"
-    compiled.drop_compiled_functions(model)
+    keras_compiled.drop_compiled_functions(model)
     assert model.train_function is None and model.test_function is None
     assert model.predict_function is None and model.generate_function is None
     assert (model.user_function, model.loss_function) == ("kept", "mse")
