@@ -69,7 +69,9 @@ def with_marks(page):
     return pytest.param(page, marks=[warns] if page.name in WARN else [])
 
 
-@pytest.mark.parametrize("page", map(with_marks, PYTHON_PAGES), ids=name_of)
+@pytest.mark.parametrize(
+    "page", list(map(with_marks, PYTHON_PAGES)), ids=name_of
+)
 def test_python_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     put_stand_ins(monkeypatch, page.name)
