@@ -7,6 +7,7 @@ environment that it made before, without installing anything.
 import os
 import pathlib
 import shutil
+import tempfile
 
 import nox
 from nox.command import CommandFailed
@@ -163,6 +164,9 @@ def install_for_tests(session, *default):
 def run_suite(session, *options, default=BACKENDS):
     """Runs pytest on each backend, on the others too where one fails."""
     failed = []
+    # What the examples make once, such as presets: once for all backends.
+    cache = tempfile.TemporaryDirectory()
+    shared = ONE_THREAD | {"KERAS_SRLORA_CACHE": cache.name}
     for backend in backends(session, *default):
         session.log(f"The test suite on {backend}:")
         try:
@@ -173,10 +177,11 @@ def run_suite(session, *options, default=BACKENDS):
                 *("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"),
                 *options,
                 *session.posargs,
-                env=ONE_THREAD | environment(backend),
+                env=shared | environment(backend),
             )
         except CommandFailed:
             failed.append(backend)
+    cache.cleanup()
     if failed:
         session.error(f"The test suite failed on {', '.join(failed)}.")
 

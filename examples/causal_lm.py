@@ -24,8 +24,8 @@ Everything comes from packages, no hub is needed:
 With a network, any causal language model of KerasHub does, such as
 `--preset llama3.2_1b`; the check with PEFT is for those with a Llama inside.
 Where time is short, `--num-layers 8` takes the first layers of SmolLM2 only,
-which write no sense. Where there is time, `--train-examples 2800` makes a run
-of 700 steps, in which the default recipe recomposes; a shorter one is LoRA.
+which write no sense. Where there is time, `--train-examples 4000` makes a run
+of 1,000 steps, in which the default recipe recomposes; a shorter one is LoRA.
 """
 
 import pathlib

@@ -25,9 +25,9 @@ for name, value in FAST_JAX.items():
 # Files that take long, the longest first: a process that began one of them last
 # would run on alone.
 LONG = (
+    "test_examples",
     "test_backbones",
     "test_devices",
-    "test_examples",
     "test_resume",
     "test_containers",
     "test_adapter",

@@ -6,6 +6,8 @@ nothing else. The import is most of the time that a small script takes.
 
 import multiprocessing
 import os
+import runpy
+import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["keras"])
@@ -42,6 +44,15 @@ class Child:
         with open(self._log, errors="replace") as file:
             printed = file.read()
         assert self._process.exitcode == exit_code, printed[-4000:]
+
+
+def run_script(path, arguments):
+    """What `python path arguments...` does in the folder of the script."""
+    folder = os.path.dirname(path)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 
 def _run(log, environment, function, arguments):

@@ -42,7 +42,7 @@ def tasks(report):
     """The chosen runs of each task that the documentation shows."""
     return {
         task: report.chosen_runs(report.read(report.RESULTS / f"{task}.jsonl"))
-        for task in report.TITLES
+        for task in report.pages.TITLES
     }
 
 
@@ -95,23 +95,34 @@ def test_another_rank_starts_around_its_neighbours_best(run):
 
 def test_the_documentation_shows_the_results(report, tasks):
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert report.figures(tasks) in page
-    assert report.curve(tasks) in page
+    assert report.pages.figures(tasks) in page
+    assert report.pages.curve(tasks) in page
+
+
+def test_the_documentation_shows_the_long_runs_and_the_prototypes(report):
+    done = {path.stem: report.read(path) for path in results_of(report)}
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert report.pages.long_runs(done) in page
+    assert report.pages.prototypes(done) in page
+
+
+def results_of(report):
+    return sorted(report.RESULTS.glob("*.jsonl"))
 
 
 @pytest.mark.parametrize(
-    "method", ["adaptive", "lora_restarts", "paper", "pissa"]
+    "method, title",
+    [
+        ("pissa", "PiSSA"),
+        ("adalora_like", "AdaLoRA-like pruning"),
+        ("rslora", "rsLoRA"),
+        ("paper", 'SRLoRA, `"paper"`'),
+        ("lora_restarts", 'SRLoRA, `"lora_restarts"`'),
+    ],
 )
-def test_the_readme_counts_the_cells(method, report, tasks):
+def test_the_comparison_counts_the_cells(method, title, report, tasks):
     _, rows = report.summary(tasks).split("|---" * 6 + "|")
     row = next(x for x in rows.splitlines() if f"`{method}` | `lora`" in x)
-    cells, *counts = row.split("|")[3:7]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"Over{cells}cells of task and rank" in readme
-    name = "PiSSA" if method == "pissa" else f'"{method}"'
-    line = next(
-        x
-        for x in readme.splitlines()
-        if x.startswith(("| SRLoRA", "| PiSSA")) and name in x
-    )
-    assert line.split("|")[2:5] == counts
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    counts = " | ".join(cell.strip() for cell in row.split("|")[3:7])
+    assert f"| {title} | {counts} |" in page

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from benchmarks.quality import methods
+from benchmarks.quality import prototype
 from benchmarks.quality.records import KEY
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.task import count
@@ -28,15 +29,16 @@ def run(key):
     start = time.time()
     keras.utils.set_random_seed(seed)
     model = task.build(seed)
-    callbacks = methods.METHODS[method](model, task.targets, rank)
     schedule = keras.optimizers.schedules.PolynomialDecay(
         rate, task.steps, end_learning_rate=0.0
     )
-    model.compile(
-        keras.optimizers.AdamW(schedule, weight_decay=0.01),
-        task.loss,
-        metrics=task.metrics,
-    )
+    if method.startswith("x:"):
+        optimizer = prototype.PairAdamW(schedule, weight_decay=0.01)
+        callbacks = prototype.adapt(method, model, task, rank, optimizer)
+    else:
+        optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.01)
+        callbacks = methods.METHODS[method](model, task.targets, rank)
+    model.compile(optimizer, task.loss, metrics=task.metrics)
     losses = StepLosses()
     model.fit(
         ShuffledBatches(task, seed),

@@ -152,6 +152,11 @@ def srlora(recipe, directions=8):
     return method
 
 
+# Nothing while the training loss falls.
+FLAT_LOSS = dataclasses.replace(
+    RECIPES["lora_restarts"], gate="flat_loss", stop=0.8
+)
+
 # Evenly to the end of the run; the variants change one thing at a time.
 RESTARTS = dataclasses.replace(
     RECIPES["lora_restarts"], stop=1.0, steps_per_pair=1
@@ -174,6 +179,7 @@ METHODS = {
     "paper": srlora(RECIPES["paper"]),
     "lora_restarts": srlora(RECIPES["lora_restarts"]),
     "adaptive": srlora(RECIPES["adaptive"]),
+    "flat_loss": srlora(FLAT_LOSS),
     "restarts": changed(),
     "restarts_4r": changed(directions=4),
     "restarts_16r": changed(directions=16),

@@ -33,21 +33,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="code_small")
     parser.add_argument("--rank", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=1e-2)
+    # The best of a grid of half decades, of either rank of LoRA.
+    parser.add_argument("--rate", type=float, default=3e-2)
+    parser.add_argument("--large-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     path = RESULTS / "picture.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     curves = found.setdefault(f"{args.task}-{args.rank}-{args.rate:g}", {})
-    for method, rank in (
-        ("lora", args.rank),
-        ("lora", 4 * args.rank),
-        (DEFAULT, args.rank),
+    for method, rank, rate in (
+        ("lora", args.rank, args.rate),
+        ("lora", 4 * args.rank, args.large_rate),
+        (DEFAULT, args.rank, args.rate),
     ):
         name = f"{method}-{rank}"
         if name not in curves:
             print(name, flush=True)
-            curves[name] = train(method, rank, args)
+            curves[name] = train(method, rank, rate, args)
             path.write_text(json.dumps(found, indent=1) + "\n")
     if "pretrained" not in curves:
         model = job.load(args.task).build(0)
@@ -58,16 +60,17 @@ def main():
     (RESULTS / "picture.md").write_text(table + "\n", encoding="utf-8")
 
 
-def train(method, rank, args):
+def train(method, rank, rate, args):
     """The curves of a run, and what the model writes after it."""
     task = job.load(args.task)
     keras.utils.set_random_seed(args.seed)
     model = task.build(args.seed)
     callbacks = methods.METHODS[method](model, task.targets, rank)
-    rate = keras.optimizers.schedules.PolynomialDecay(
-        args.rate, task.steps, end_learning_rate=0.0
+    schedule = keras.optimizers.schedules.PolynomialDecay(
+        rate, task.steps, end_learning_rate=0.0
     )
-    model.compile(keras.optimizers.AdamW(rate, weight_decay=0.01), task.loss)
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.01)
+    model.compile(optimizer, task.loss)
     losses = job.StepLosses()
     x, y = task.splits["validation"]
     history = model.fit(

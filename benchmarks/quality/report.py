@@ -12,19 +12,27 @@ import collections
 import pathlib
 
 import numpy as np
-from scipy import stats
 
+from benchmarks.quality import pages
+from benchmarks.quality.comparison import FEWEST_SEEDS
+from benchmarks.quality.comparison import VERDICTS
+from benchmarks.quality.comparison import chosen_runs
+from benchmarks.quality.comparison import differences
+from benchmarks.quality.comparison import gap
+from benchmarks.quality.comparison import interval
+from benchmarks.quality.comparison import method_of
+from benchmarks.quality.comparison import test_loss
+from benchmarks.quality.comparison import verdict
 from benchmarks.quality.records import RESULTS
-from benchmarks.quality.records import best_rate
 from benchmarks.quality.records import read
 from benchmarks.shared import plots
 from benchmarks.shared.tables import fill_in
 from benchmarks.shared.tables import markdown
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "recipes.md"
-VERDICTS = ("better", "level", "worse")
 SUMMARISED = (
     "adaptive",
+    "flat_loss",
     "lora_restarts",
     "paper",
     "pissa",
@@ -32,9 +40,15 @@ SUMMARISED = (
     "adalora_like",
     "lora",
 )
-PLOTTED = ("lora", "lora_4r", "pissa", "paper", "lora_restarts", "adaptive")
-SMALLEST_GAP = 1e-3  # of losses that begin near 1
-FEWEST_SEEDS = 3  # that an interval, or a figure of the documentation, needs
+PLOTTED = (
+    "lora",
+    "lora_4r",
+    "pissa",
+    "paper",
+    "lora_restarts",
+    "flat_loss",
+    "adaptive",
+)
 COLUMNS = (
     "rank",
     "method",
@@ -49,38 +63,6 @@ COLUMNS = (
     "steps to LoRA's",
     "seeds",
 )
-
-# The tables of the documentation.
-TITLES = {
-    "teacher_rank_48": "teacher, flat update of rank 48",
-    "teacher_rank_12": "teacher, flat update of rank 12",
-    "teacher_rank_4": "teacher, flat update of rank 4",
-    "teacher_power_law": "teacher, power law",
-    "autoencoder_digits": "autoencoder, clothes to digits",
-    "digits": "MLP, clothes to digits",
-    "vit_digits": "ViT, clothes to digits",
-    "bbc": "MiniLM, BBC News",
-    "newsgroups": "MiniLM, newsgroups",
-    "rotten_tomatoes": "MiniLM, Rotten Tomatoes",
-    "masked_newsgroups": "MiniLM, masked tokens of newsgroups",
-}
-HEADINGS = {
-    "lora": "LoRA",
-    "lora_4r": "LoRA, 4 × rank",
-    "pissa": "PiSSA",
-    "paper": "`paper`",
-    "lora_restarts": "`lora_restarts`",
-    "adaptive": "`adaptive`",
-}
-CURVE = (1, 2, 4, 8, 16, 32, 64)
-# Long runs with plenty of data, at LoRA's own best learning rate.
-LONG = {
-    "code": "GPT, 96 wide, reviews to source code, 2,000 steps",
-    "code_small": "GPT, 64 wide, the same",
-    "code_6000": "GPT, 96 wide, 6,000 steps",
-    "vit_clothes": "ViT, digits to clothes, 3,560 steps",
-}
-LONG_METHODS = ("lora", "lora_4r", "paper", "lora_restarts", "adaptive")
 
 
 def main():
@@ -98,22 +80,13 @@ def main():
     tables.append(summary(tasks))
     for task, cells in tasks.items():
         tables.append(table(task, cells))
-        plot(task, cells, RESULTS / f"{task}.png")
+        if len({rank for rank, method in cells if method == "pissa"}) > 1:
+            plot(task, cells, RESULTS / f"{task}.png")
     (RESULTS / "tables.md").write_text("\n".join(tables), encoding="utf-8")
-    fill_in(PAGE, "figures", figures(tasks))
-    fill_in(PAGE, "curve", curve(tasks))
-    fill_in(PAGE, "long", long_runs(done))
-
-
-def chosen_runs(done):
-    """`{(rank, method): {seed: record}}` at the chosen learning rates."""
-    cells = collections.defaultdict(dict)
-    for cell in {key[:3] for key in done}:
-        best = best_rate(done, cell)
-        for key, record in done.items():
-            if key[:4] == (*cell, best):
-                cells[cell[2], cell[1]][record["seed"]] = record
-    return dict(cells)
+    fill_in(PAGE, "figures", pages.figures(tasks))
+    fill_in(PAGE, "curve", pages.curve(tasks))
+    fill_in(PAGE, "long", pages.long_runs(done))
+    fill_in(PAGE, "prototypes", pages.prototypes(done))
 
 
 def summary(tasks):
@@ -138,20 +111,6 @@ def summary(tasks):
         "Better, worse: by the 95 % interval of the paired difference.\n\n"
         f"{markdown(rows)}\n"
     )
-
-
-def verdict(found):
-    """What the differences of some seeds say; `None` for too few."""
-    if len(found) < FEWEST_SEEDS:
-        return None
-    mean, half = interval(found)
-    return VERDICTS[1 if abs(mean) <= half else 0 if mean < 0 else 2]
-
-
-def interval(found):
-    """The mean and half of its 95 % interval."""
-    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found)
-    return found.mean(), half
 
 
 def table(task, cells):
@@ -187,112 +146,6 @@ def table(task, cells):
     return f"## {task}\n\n{markdown(rows)}\n"
 
 
-def figures(tasks):
-    """Of each task and rank, the test losses, and what became of the default.
-
-    Where a method has too few seeds, none.
-    """
-    rows = [["task", "rank", *HEADINGS.values(), "to LoRA"]]
-    for task, title in TITLES.items():
-        cells = tasks[task]
-        for rank in sorted(r for r, method in cells if method == "adaptive"):
-            found = [method_of(cells, rank, method) for method in HEADINGS]
-            to_lora = verdict(
-                differences(cells[rank, "adaptive"], cells[rank, "lora"])
-            )
-            to_lora = f"**{to_lora}**" if to_lora != "level" else to_lora
-            rows.append([title, rank, *map(shown, found), to_lora])
-            title = ""
-    return markdown(rows)
-
-
-def long_runs(done):
-    """Each method at LoRA's best rate: losses, and the part of the gap.
-
-    The gap is that to LoRA of four times the rank at the same rate. Few seeds:
-    their number is in the last column.
-    """
-    names = ["LoRA", "LoRA, 4 × rank", "`paper`", "`lora_restarts`"]
-    header = ["task", "rank", "rate", *names, "`adaptive`", "of the gap"]
-    rows = [[*header, "seeds"]]
-    for task, title in LONG.items():
-        runs = done.get(task, {})
-        for rank in sorted({key[2] for key in runs if key[1] == "adaptive"}):
-            rate = best_rate(runs, (task, "lora", rank))
-            found = {
-                method: at_rate(runs, task, method, rank, rate)
-                for method in LONG_METHODS
-            }
-            lora, default = found["lora"], found["adaptive"]
-            if not default:
-                continue
-            paired = [seed for seed in default if seed in lora]
-            row = [title, rank, f"{rate:g}"]
-            row += [f"{test_loss(x):.4f}" if x else "–" for x in found.values()]
-            closed = "–"
-            if found["lora_4r"]:
-                closed = gap_of_means(lora, default, found["lora_4r"])
-            rows.append([*row, closed, len(paired)])
-            title = ""
-    return markdown(rows)
-
-
-def at_rate(runs, task, method, rank, rate):
-    """`{seed: record}` of a method; LoRA of another rank has two names."""
-    found = {
-        key[4]: record
-        for key, record in runs.items()
-        if key[:4] == (task, method, rank, rate)
-    }
-    if method == "lora_4r" and not found:
-        return at_rate(runs, task, "lora", 4 * rank, rate)
-    return found
-
-
-def gap_of_means(lora, method, quadruple):
-    """The part of the gap to four times the rank, of the means over seeds."""
-    whole = test_loss(lora) - test_loss(quadruple)
-    return f"{(test_loss(lora) - test_loss(method)) / whole:.0%}"
-
-
-def curve(tasks):
-    """How LoRA's test loss depends on its rank."""
-    rows = [["task", *CURVE]]
-    for task, title in TITLES.items():
-        found = [method_of(tasks[task], rank, "lora") for rank in CURVE]
-        rows.append([title, *map(shown, found)])
-    return markdown(rows)
-
-
-def method_of(cells, rank, method):
-    """The runs of a method; those of LoRA may go by two names."""
-    other = {"lora": (rank / 4, "lora_4r"), "lora_4r": (4 * rank, "lora")}
-    return cells.get((rank, method)) or cells.get(other.get(method))
-
-
-def shown(runs):
-    """The test loss for a table; a dash for too few seeds."""
-    if not runs or len(runs) < FEWEST_SEEDS:
-        return "–"
-    return f"{test_loss(runs):.4f}"
-
-
-def test_loss(runs):
-    """The mean over the seeds."""
-    return np.mean([record["test_loss"] for record in runs.values()])
-
-
-def differences(runs, others):
-    """Test losses of the seeds that both have, one minus the other."""
-    return np.array(
-        [
-            runs[seed]["test_loss"] - others[seed]["test_loss"]
-            for seed in runs
-            if seed in others
-        ]
-    )
-
-
 def paired(runs, lora):
     """The mean difference to LoRA and half of its 95 % interval."""
     found = differences(runs, lora)
@@ -300,14 +153,6 @@ def paired(runs, lora):
         return f"{found.mean():+.4f}"
     mean, half = interval(found)
     return f"{mean:+.4f} ± {half:.4f}"
-
-
-def gap(runs, lora, quadruple):
-    """`(LoRA_r - method) / (LoRA_r - LoRA_4r)`, where 4r is better."""
-    whole = differences(quadruple, lora)
-    if verdict(whole) != "better" or whole.mean() > -SMALLEST_GAP:
-        return ""
-    return f"{differences(runs, lora).mean() / whole.mean():.2f}"
 
 
 def after_a_quarter(record):
@@ -339,8 +184,8 @@ def plot(task, cells, path):
         if method not in ranks:
             continue
         losses = [test_loss(cells[rank, method]) for rank in ranks[method]]
-        # Dashed: where it is level the default lies on LoRA's line.
-        line = "--" if method == "adaptive" else "-"
+        # Dashed: where it is level the gated recipe lies on LoRA's line.
+        line = "--" if method == "flat_loss" else "-"
         axes.plot(
             ranks[method],
             losses,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import re
@@ -112,7 +113,8 @@ def export_lora(
         b = np.zeros((rank, shape[-1]), "float32")
         # A layer of the same name that was not adapted gets an update of zero.
         if id(layer) in factored:
-            left, right = balanced(*factored[id(layer)], rank)
+            left, values, right = factored[id(layer)]
+            left, right = balanced(left, values, right, rank)
             a[:] = left.reshape(a.shape)
             b[:] = right
         arrays[index] = a, b
@@ -303,9 +305,12 @@ def _unfolded_factors(layer):
 def _write(filepath, rank, arrays):
     import h5py  # Keras needs it too, but imports it only when it saves.
 
+    # In memory first: where the disk is full, h5py ends the whole process.
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file["lora/vars/rank"] = rank
+        for index, (a, b) in arrays.items():
+            file[f"lora/{index}/vars/lora_kernel_a"] = a
+            file[f"lora/{index}/vars/lora_kernel_b"] = b
     with written_whole(filepath) as unfinished:
-        with h5py.File(unfinished, "w") as file:
-            file["lora/vars/rank"] = rank
-            for index, (a, b) in arrays.items():
-                file[f"lora/{index}/vars/lora_kernel_a"] = a
-                file[f"lora/{index}/vars/lora_kernel_b"] = b
+        pathlib.Path(unfinished).write_bytes(content.getvalue())

@@ -1,5 +1,7 @@
 """What an adapter file holds of each layer, and whether it fits a model."""
 
+from typing import Any
+
 import numpy as np
 from keras import ops
 
@@ -43,7 +45,11 @@ DESCRIPTION = {
 # Fields that are written where they are not what they are here, so that other
 # files can be read by versions that do not know them.
 ADDED = {"use_rslora": False, "modules_to_save": []}
-TYPES = {**DESCRIPTION, "use_rslora": bool, "modules_to_save": list}
+TYPES: dict[str, Any] = {
+    **DESCRIPTION,
+    "use_rslora": bool,
+    "modules_to_save": list,
+}
 TRAINABLE = "trainable"
 # Names of the factors in a file, whatever the layer calls them.
 FACTORS = ("lora_kernel_a", "lora_kernel_b")
@@ -185,7 +191,8 @@ def read_checked(model, filepath, any_rank=False):
     """
     with tensors_file.opened(filepath, KIND) as (opened, metadata):
         tensors = dict(opened)
-    by_path, paths = {}, layer_paths(model)
+    by_path: dict = {}
+    paths = layer_paths(model)
     for layer in keras_private.flatten_layers(model):
         by_path.setdefault(paths[id(layer)], []).append(layer)
     plans = []
@@ -194,7 +201,8 @@ def read_checked(model, filepath, any_rank=False):
         arrays = _take(tensors, f"{saved['path']}/")
         _check_fits(layer, saved, arrays, filepath, any_rank)
         plans.append((layer, saved, arrays))
-    variables, paths = {}, variable_paths(model)
+    variables: dict = {}
+    paths = variable_paths(model)
     for variable in model.variables:
         variables.setdefault(paths[id(variable)], []).append(variable)
     others = []
@@ -217,7 +225,9 @@ def _descriptions(metadata, filepath):
             "it again with `keras_srlora.save_adapter`."
         )
 
-    layers = metadata.get("layers") if isinstance(metadata, dict) else None
+    layers: Any = None
+    if isinstance(metadata, dict):
+        layers = metadata.get("layers")
     if not isinstance(layers, list) or not layers:
         refuse("they name no layers")
     for saved in layers:
@@ -320,9 +330,11 @@ def _check_arrays(kernel_shape, saved, arrays, file):
             f"fused ({fused}) than its {saved['target_rank']} directions are "
             "good for."
         )
+    rows, columns = kernel_shape
     expected = _shapes(
         saved["rank"],
-        *kernel_shape,
+        rows,
+        columns,
         saved["target_rank"],
         kept,
         fused,

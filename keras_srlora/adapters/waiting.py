@@ -178,11 +178,13 @@ def find_adapters(model) -> Adapters:
 
 
 def _state_of(layer):
+    a, b = layer.factors
     return LayerState(
         layer,
         {name: getattr(layer, name) for name in ARGUMENTS},
         layer.scale,
-        *(_on_host(v) for v in layer.factors),
+        _on_host(a),
+        _on_host(b),
         layer.record,
         layer.companions.to_arrays(),
         fingerprint(pairs.pretrained_matrix(layer)),

@@ -60,7 +60,8 @@ def find_head(model, pretrained):
     before = graph.before(holding) | holding
     behind = graph.after(holding)
     in_front = {id(graph.operations[i]) for i in before}
-    candidates, unclear = {}, {}
+    candidates: dict = {}
+    unclear: dict = {}
     for i, operation in enumerate(graph.operations):
         if id(operation) not in in_front and _has_weights(operation):
             kind = candidates if i in behind else unclear
@@ -74,7 +75,8 @@ def calls_holding(graph, targets):
 
     A head may read a layer of the pretrained part, a tied embedding.
     """
-    found, by_heads = {}, {}
+    found: dict = {}
+    by_heads: dict = {}
     for i, operation in enumerate(graph.operations):
         held = _inside_operation(operation) & targets
         if held:

@@ -8,11 +8,13 @@ what is frozen.
 """
 
 import functools
+from typing import Any
 
 import keras
 
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.keras_private import inside
+from keras_srlora.backend.mixins import KerasMixin
 from keras_srlora.conversion.freezing import set_trainable_flags
 from keras_srlora.conversion.freezing import trainable_flags
 from keras_srlora.layers.base import SRLoRALayer
@@ -41,7 +43,7 @@ def convert_layers(containers, layers, arguments):
     targets = set(map(id, layers))
     for container in containers:
         if _makes_its_layers(container) and inside(container) & targets:
-            container.__class__ = _converted_class(type(container))
+            container.__class__ = _converted_class(_class_of(container))
 
 
 def restore_plain_classes(containers, layers):
@@ -68,7 +70,7 @@ def _makes_its_layers(layer):
     return not keras_private.config_lists_layers(layer)
 
 
-class Converted:
+class Converted(KerasMixin):
     """Mixin of a container whose class makes the layers inside of it."""
 
     def get_config(self):
@@ -80,6 +82,7 @@ class Converted:
             self.__class__ = converted
         # The converted object is compiled, by its own part of the file.
         plain.pop("compile_config", None)
+        optimizer = getattr(self, "optimizer", None)
         if keras_private.builds_when_called(self):
             plain.pop("build_config", None)
         return {
@@ -89,6 +92,8 @@ class Converted:
                 for place, layer in _adapted(self).items()
             ],
             "trainable": trainable_flags(self),
+            # Whether its optimizer has state in the file.
+            "trained": getattr(optimizer, "built", False),
         }
 
     @classmethod
@@ -101,11 +106,12 @@ class Converted:
         container = keras.saving.deserialize_keras_object(
             config["plain"], custom_objects=custom_objects
         )
+        vars(container)[TRAINED] = config.get("trained", True)
         is_built = isinstance(container, keras.Model) and container.built
         if is_built or not _missing(container, config):
             _convert_as_saved(container, config)
         else:
-            container.__class__ = _awaiting_class(type(container))
+            container.__class__ = _awaiting_class(_class_of(container))
             vars(container)[AWAITED] = config
         return container
 
@@ -133,7 +139,7 @@ class Converted:
         do; these take the same arguments.
         """
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
+        if self.built and vars(self).get(TRAINED, True):
             self.optimizer.build(self.trainable_variables)
 
 
@@ -153,6 +159,7 @@ class Awaiting(Converted):
 
 
 AWAITED = "_srlora_awaited"
+TRAINED = "_srlora_trained"
 
 
 def _convert_as_saved(container, config):
@@ -172,7 +179,7 @@ def _convert_as_saved(container, config):
     layers = keras_private.flatten_layers(container)
     for layer in layers:
         if isinstance(layer, Awaiting):
-            del vars(layer)[AWAITED]
+            layer.__dict__.pop(AWAITED)
             layer.__class__ = _converted_class(layer.plain_class)
     # What is inside may have been saved as converted by itself.
     convert_layers(
@@ -204,13 +211,17 @@ def _missing(container, config):
     ]
 
 
+def _class_of(container) -> Any:
+    return type(container)
+
+
 @functools.cache
-def _converted_class(plain):
+def _converted_class(plain: Any):
     return _subclass(Converted, plain)
 
 
 @functools.cache
-def _awaiting_class(plain):
+def _awaiting_class(plain: Any):
     return _subclass(Awaiting, getattr(plain, "plain_class", plain))
 
 

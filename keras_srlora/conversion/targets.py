@@ -33,7 +33,7 @@ def find_targets(model, names, excluded=(), modules=()):
         targets = _named_targets(model, everything, names)
         _refuse_whole(targets, whole)
     _check_names("exclude_layer_names", excluded)
-    left_out = set()
+    left_out: set = set()
     for name in excluded:
         matched = _matched(model, everything, name)
         if not matched:
@@ -68,7 +68,7 @@ def find_modules(model, names):
     """The layers that `modules_to_save` names, to be trained whole."""
     _check_names("modules_to_save", names)
     everything = keras_private.flatten_layers(model)
-    found = {}
+    found: dict = {}
     for name in names:
         matched = [x for x in _matched(model, everything, name) if x.weights]
         if not matched:
@@ -124,7 +124,7 @@ def _named_targets(model, everything, names):
             "Name layers, or pass `None` for all projections. "
             f"Received: target_layer_names={names!r}"
         )
-    targets = {}
+    targets: dict = {}
     for name in names:
         matched = _matched(model, everything, name)
         if not matched:
@@ -194,7 +194,7 @@ def find_by_pattern(model, layers, argument, pattern, default):
             f"Received: {argument}={pattern!r}"
         )
     _check_names(argument, pattern)
-    values = {}
+    values: dict = {}
     for name, of_name in pattern.items():
         matched = _matched(model, layers, name)
         if not matched:

@@ -23,6 +23,7 @@ from keras_srlora.layers.record import Record
 from keras_srlora.layers.requirements import check_arguments
 from keras_srlora.layers.requirements import check_built
 from keras_srlora.layers.requirements import check_initializable
+from keras_srlora.layers.requirements import check_nothing_beside
 from keras_srlora.layers.requirements import check_quantization
 from keras_srlora.layers.requirements import check_rank
 from keras_srlora.recipes.definition import get_recipe
@@ -49,6 +50,7 @@ class SRLoRALayer(RefusesQuantization):
     factor_names = "lora_kernel_a", "lora_kernel_b"
     # Whether `enable_srlora` converts such layers without being asked.
     converted_by_default = True
+    modules_to_save: tuple
 
     def __init__(
         self,
@@ -226,8 +228,7 @@ class SRLoRALayer(RefusesQuantization):
 
         Returns:
             tensor of the kernel's shape, in float32 (float64 where the kernel
-            is): frozen kernel, before it was rounded to its dtype, plus scaled
-            product of the factors.
+            is), not rounded to its dtype.
         """
         check_built(self)
         matrix = pairs.effective_matrix(self)
@@ -236,10 +237,8 @@ class SRLoRALayer(RefusesQuantization):
     def initialize_factors(self):
         """Decomposes the kernel that the layer has now, and starts the pairs.
 
-        Where the recipe starts as PiSSA does, the first `rank` directions go
-        into the factors and out of the kernel (arXiv 2404.02948); where it
-        starts as LoRA, the factors stay as built (`a` random, `b` zero). The
-        layer's function does not change.
+        They start as the recipe says: as LoRA's, or with a part of the kernel
+        (PiSSA, arXiv 2404.02948). The layer's function does not change.
 
         Raises:
             ValueError: if the layer is not built, its kernel has an entry that
@@ -248,16 +247,7 @@ class SRLoRALayer(RefusesQuantization):
         """
         check_initializable(self)
         check_finite_factors([self])
-        fused, _ = pairs.frozen_rows(self, self.record)
-        if self.frozen.room is not None and len(fused):
-            raise ValueError(
-                f"The kernel of layer {self.path!r} is quantized and cannot "
-                "take up the pairs that were fused beside it, so that it "
-                "cannot be decomposed with them. Call "
-                "`keras_srlora.merge_srlora(model)`, which makes it a float "
-                "one, `model.quantize` and `enable_srlora` again. Received: "
-                f"quantization_mode={self.quantization_mode!r}"
-            )
+        check_nothing_beside(self)
         pairs.start_pairs(self, self.recipe)
 
     # Config and weights.

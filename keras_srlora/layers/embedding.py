@@ -77,7 +77,7 @@ class SRLoRAEmbedding(SRLoRALayer, keras.layers.Embedding):
         if not self.built:
             super().build(input_shape)
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
         if inputs.dtype not in ("int32", "int64"):
             inputs = ops.cast(inputs, "int32")
         ids = ops.reshape(inputs, (-1,))

@@ -51,7 +51,8 @@ def variable_paths(model: keras.Model) -> dict:
 
 def _inner_models(model, layers):
     """`[(model, name)]` of the models inside of a model."""
-    found, counts = [], collections.Counter()
+    found = []
+    counts: collections.Counter = collections.Counter()
     for inner in layers:
         if isinstance(inner, keras.Model) and inner is not model:
             name = inner.name

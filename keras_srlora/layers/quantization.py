@@ -4,9 +4,10 @@ import keras
 
 from keras_srlora.backend import keras_private
 from keras_srlora.backend import keras_quantization
+from keras_srlora.backend.mixins import KerasMixin
 
 
-class RefusesQuantization:
+class RefusesQuantization(KerasMixin):
     """Mixin before a Keras layer, which then cannot be quantized.
 
     Keras would quantize the frozen kernel and leave the factors to a layer that

@@ -8,6 +8,7 @@ from keras_srlora.backend.arguments import is_integer
 from keras_srlora.backend.arguments import is_number
 from keras_srlora.backend.arguments import keras_version
 from keras_srlora.functional.decomposition import METHODS
+from keras_srlora.layers import pairs
 from keras_srlora.layers.frozen import MODES
 from keras_srlora.layers.frozen import float_kernel
 from keras_srlora.layers.frozen import rows_beside_kernel
@@ -122,4 +123,18 @@ def check_recipe(layer, recipe, direction_count):
             f"pairs, and this run may need {rows}. Pass its recipe and "
             "`target_rank` to `enable_srlora`. Received: "
             f"{direction_count} directions, {recipe}"
+        )
+
+
+def check_nothing_beside(layer):
+    """Raises where a kernel cannot take up the pairs fused beside it."""
+    fused, _ = pairs.frozen_rows(layer, layer.record)
+    if layer.frozen.room is not None and len(fused):
+        raise ValueError(
+            f"The kernel of layer {layer.path!r} is quantized and cannot "
+            "take up the pairs that were fused beside it, so that it "
+            "cannot be decomposed with them. Call "
+            "`keras_srlora.merge_srlora(model)`, which makes it a float "
+            "one, `model.quantize` and `enable_srlora` again. Received: "
+            f"quantization_mode={layer.quantization_mode!r}"
         )

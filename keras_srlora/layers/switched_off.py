@@ -10,7 +10,7 @@ from keras_srlora.layers import pairs
 from keras_srlora.layers.companions import Companions
 
 # What is switched off now, by the id of the layer: `_SwitchedOff`.
-_NOW = {}
+_NOW: dict = {}
 
 
 def switch_off(layer):

@@ -177,7 +177,7 @@ class Recipe:
         """The values of an optimizer's slot of a restarted pair."""
         return _function("slots", self.slots)(kind, values)
 
-    def choose_interval(self, steps: float, recompositions: int) -> float:
+    def choose_interval(self, steps: float, recompositions: float) -> float:
         """Steps between two of so many recompositions."""
         return _function("schedule", self.schedule)(steps, recompositions)
 
@@ -197,7 +197,9 @@ def _name(field, choice):
     for name, function in table.items():
         if choice is not None and choice is function:
             return name
-    name = callable(choice) and keras.saving.get_registered_name(choice)
+    name = ""
+    if callable(choice):
+        name = keras.saving.get_registered_name(choice)
     if not name or _registered(name) is not choice:
         raise ValueError(
             f"`{field}` must be one of {sorted(table)}, or a function that is "

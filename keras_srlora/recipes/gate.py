@@ -151,7 +151,8 @@ class FlatLoss:
         probing = self.phase == PROBING
         expected = self._at_its_pace(windows if probing else 0.0)
         gain, error = _fall(expected, (mean, variance))
-        pays = PAYS * (self.first - self.base)
+        learnt = 0.0 if self.first is None else self.first - self.base
+        pays = PAYS * learnt
         if gain - error > pays:
             self._begin(step, mean, variance)
             self.phase = GOING

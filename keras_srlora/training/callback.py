@@ -32,8 +32,8 @@ class RecompositionCallback(keras.callbacks.Callback):
     Expect a gain where the update that a task needs has a higher rank than the
     adapter, data are plenty, and the run has thousands of steps.
 
-    The length of the run is `epochs` times the steps of an epoch; where the
-    data set does not say its size, it is known after the first epoch.
+    The length of the run is `epochs` times the steps of an epoch. Where the
+    data set has no size, it is known after the first epoch.
 
     During `fit` the optimizer is wrapped in a `SensitivityOptimizer`; after it
     the model has its own optimizer back. A step is a batch of `fit`; with
@@ -43,10 +43,8 @@ class RecompositionCallback(keras.callbacks.Callback):
     after the last step of the run, where it would change nothing.
 
     Args:
-        interval: int or `None`. Steps between two recompositions; with a
-            number the recipe's gate is left out. Defaults to `None`:
-            `total_steps / N`, where `N` recompositions use up the directions of
-            the layer that has the most left.
+        interval: int or `None`. Steps between two recompositions, whatever the
+            recipe's gate and schedule say. Defaults to `None`: as they say.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair. Defaults to `None`: that of
             the recipe.
@@ -59,10 +57,10 @@ class RecompositionCallback(keras.callbacks.Callback):
         events: list of `Recomposition`: what happened, in order.
         recomposer: the `Recomposer` of the run.
 
-    `logs` of an epoch gain `srlora_recompositions` (in this epoch),
-    `srlora_directions` (directions used so far, mean over the layers) and
-    `srlora_drift` (largest in this epoch), so that `History` has them, and
-    `CSVLogger` and `TensorBoard` where they come later in the list.
+    The `logs` of an epoch gain `srlora_recompositions` (in this epoch),
+    `srlora_directions` (used so far, mean over the layers) and `srlora_drift`
+    (largest in this epoch). `History` has them; `CSVLogger` and `TensorBoard`
+    have them if they come later in the list.
 
     Raises:
         ValueError: when `fit` starts, before anything is changed: no SRLoRA
@@ -183,7 +181,8 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._running = True
         self._epochs = (self.params or {}).get("epochs", 1)
         self._epoch_steps: int = (self.params or {}).get("steps") or 0
-        self._step = None
+        self._step = 0
+        self._begun = False
         if self.recomposer.restored:
             # By another callback, `BackupAndRestore`.
             resume.mend_initial_epoch(
@@ -191,7 +190,8 @@ class RecompositionCallback(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch, logs=None) -> None:
-        if self._step is None:
+        if not self._begun:
+            self._begun = True
             # `initial_epoch` is not among the parameters; the first epoch is.
             self._epoch_steps = resume.begin_run(
                 self.recomposer,
@@ -204,7 +204,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._losses = LossReader(self._model)
         self._epoch_start = self._step
         self._events_before = len(self.events)
-        self._batches_ended = []
+        self._batches_ended: list[int] = []
 
     # A recomposition comes at the begin of a batch. Keras calls
     # `on_train_batch_end` in another thread, while the next step runs already;

@@ -1,6 +1,7 @@
 """`SensitivityOptimizer`: sees the gradients inside the train step."""
 
 import warnings
+from typing import Any
 
 import keras
 from keras import ops
@@ -84,7 +85,7 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
             )
         # Without Keras's `__init__`: its attributes are those of the wrapped
         # optimizer. Past `__setattr__`, which would write them there.
-        own = vars(self)
+        own: Any = vars(self)
         own["unwrap"] = lambda: inner_optimizer
         layers = model if isinstance(model, list) else srlora_layers(model)
         own["sensitivity"] = Sensitivity(layers, beta1, beta2)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 from keras_srlora.backend.arguments import check_fraction
+from keras_srlora.backend.arguments import is_integer
 from keras_srlora.backend.keras_private import inside
 from keras_srlora.layers import pairs
 from keras_srlora.layers.find import decompose_kernels
@@ -145,3 +147,24 @@ def check_still_trained(layers, model=None):
             "and fit again. They were thawed. Received: "
             f"trainable=False of {[layer.path for layer in frozen]}"
         )
+
+
+def check_step(step) -> int:
+    """Returns a number of steps done as an `int`."""
+    if not is_integer(step) or step < 0:
+        raise ValueError(
+            "`step` must be the number of training steps done. "
+            f"Received: {step=}"
+        )
+    return int(step)
+
+
+def warn_of_exhausted(layers, total, step):
+    """Warns of layers that have no directions left; `total`: all layers."""
+    warnings.warn(
+        f"{len(layers)} of {total} SRLoRA layers have used "
+        f"all their directions at step {step} and train on as plain "
+        f"LoRA: {[layer.path for layer in layers[:3]]}. A larger "
+        "`target_rank` has more directions.",
+        stacklevel=3,
+    )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import keras
 
 from keras_srlora.backend.arguments import check_count
-from keras_srlora.backend.arguments import is_integer
 from keras_srlora.backend.random_state import RandomState
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.paths import layer_paths
@@ -146,12 +144,7 @@ class Recomposer:
         Raises:
             RuntimeError: if an SRLoRA layer was frozen since the run began.
         """
-        if not is_integer(step) or step < 0:
-            raise ValueError(
-                "`step` must be the number of training steps done. "
-                f"Received: {step=}"
-            )
-        step = int(step)
+        step = preparation.check_step(step)
         self.pace.state.begun = step
         if not self.is_due(step) or not is_between_accumulations(
             self.optimizer
@@ -160,9 +153,7 @@ class Recomposer:
         return self._recompose(step) if self.pace.decide(step) else []
 
     def report_loss(self, total: Any, count: float = 1) -> None:
-        """Tells the losses of the steps since the last report.
-
-        Only a recipe with a gate looks at them.
+        """Tells a gate the losses of the steps since the last report.
 
         Args:
             total: sum of the losses: a number, or a scalar tensor, which is
@@ -216,10 +207,7 @@ class Recomposer:
         self.resume(self.saved_state(with_gate=True))
 
     def to_arrays(self) -> dict:
-        """The state as `{name: array}`, for a file of arrays.
-
-        Events are in the records of the layers, scores beside them.
-        """
+        """The state as `{name: array}`; events are in the layers' records."""
         if not self._begun and self._saved:
             # What was loaded is still what there is.
             return self._saved
@@ -282,17 +270,10 @@ class Recomposer:
         return work
 
     def _warn_of_exhausted(self, layers):
-        if self._warned_of_exhausted:
-            return
-        self._warned_of_exhausted = True
-        step = max(0, self.pace.state.begun)
-        warnings.warn(
-            f"{len(layers)} of {len(self.layers)} SRLoRA layers have used "
-            f"all their directions at step {step} and train on as plain "
-            f"LoRA: {[layer.path for layer in layers[:3]]}. A larger "
-            "`target_rank` has more directions.",
-            stacklevel=2,
-        )
+        if not self._warned_of_exhausted:
+            self._warned_of_exhausted = True
+            step = max(0, self.pace.state.begun)
+            preparation.warn_of_exhausted(layers, len(self.layers), step)
 
 
 class _SavedPart:

@@ -129,9 +129,10 @@ class Sensitivity:
         accepted = ops.logical_and(accepted, is_step)
         if zeros:
             accepted = ops.logical_and(accepted, self._mask(scored))
-        old = [ops.convert_to_tensor(v) for v in self.variables]
+        average, uncertainty = map(ops.convert_to_tensor, self.variables)
+        old = average, uncertainty
         new = update_averages(
-            *old, observed=observed, beta1=self.beta1, beta2=self.beta2
+            average, uncertainty, observed, self.beta1, self.beta2
         )
         devices.assign_on_replicas(
             self.variables,

@@ -40,7 +40,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """A folder of this run, which may be one of the suite on each backend."""
+    shared = os.environ.get("KERAS_SRLORA_CACHE")
+    return pathlib.Path(shared or tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module", autouse=True)

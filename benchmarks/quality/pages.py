@@ -1,0 +1,151 @@
+"""The tables of the documentation, from the results."""
+
+from benchmarks.quality.comparison import FEWEST_SEEDS
+from benchmarks.quality.comparison import at_rate
+from benchmarks.quality.comparison import differences
+from benchmarks.quality.comparison import gap_of_means
+from benchmarks.quality.comparison import method_of
+from benchmarks.quality.comparison import test_loss
+from benchmarks.quality.comparison import verdict
+from benchmarks.quality.records import best_rate
+from benchmarks.shared.tables import markdown
+
+TITLES = {
+    "teacher_rank_48": "teacher, flat update of rank 48",
+    "teacher_rank_12": "teacher, flat update of rank 12",
+    "teacher_rank_4": "teacher, flat update of rank 4",
+    "teacher_power_law": "teacher, power law",
+    "autoencoder_digits": "autoencoder, clothes to digits",
+    "digits": "MLP, clothes to digits",
+    "vit_digits": "ViT, clothes to digits",
+    "bbc": "MiniLM, BBC News",
+    "newsgroups": "MiniLM, newsgroups",
+    "rotten_tomatoes": "MiniLM, Rotten Tomatoes",
+    "masked_newsgroups": "MiniLM, masked tokens of newsgroups",
+}
+HEADINGS = {
+    "lora": "LoRA",
+    "lora_4r": "LoRA, 4 × rank",
+    "pissa": "PiSSA",
+    "paper": "`paper`",
+    "lora_restarts": "`lora_restarts`",
+    "flat_loss": "behind a gate",
+}
+CURVE = (1, 2, 4, 8, 16, 32, 64)
+# Long runs with plenty of data, at LoRA's own best learning rate.
+LONG = {
+    "code": "GPT, 96 wide, reviews to source code, 2,000 steps",
+    "code_small": "GPT, 64 wide, reviews to source code, 2,000 steps",
+    "code_6000": "GPT, 96 wide, 6,000 steps",
+    "autoencoder_digits": "autoencoder, 1,488 steps",
+    "teacher_power_law": "teacher, power law, 1,500 steps",
+    "vit_clothes": "ViT, digits to clothes, 3,560 steps",
+}
+# The default, or the prototype that does the same, with the life of a pair.
+DEFAULT = "adaptive"
+LIFE = {"code_6000": 600, "vit_clothes": 356}
+# Task, rank, rate: LoRA's best rates, and one below that of the GPT.
+PROTOTYPED = (
+    ("code_small", 2, 0.03, "GPT at 3e-2"),
+    ("code_small", 2, 0.01, "GPT at 1e-2"),
+    ("vit_clothes", 2, 0.01, "ViT at 1e-2"),
+    ("autoencoder_digits", 2, 0.03, "autoencoder at 3e-2"),
+    ("digits", 2, 0.03, "MLP at 3e-2"),
+)
+LONG_METHODS = ("lora", "lora_4r", "paper", "lora_restarts")
+
+
+def figures(tasks):
+    """Of each task and rank, the test losses, and what became of the default.
+
+    Where a method has too few seeds, none.
+    """
+    rows = [["task", "rank", *HEADINGS.values(), "to LoRA"]]
+    for task, title in TITLES.items():
+        cells = tasks[task]
+        for rank in sorted(r for r, method in cells if method == "flat_loss"):
+            found = [method_of(cells, rank, method) for method in HEADINGS]
+            to_lora = verdict(
+                differences(cells[rank, "flat_loss"], cells[rank, "lora"])
+            )
+            to_lora = f"**{to_lora}**" if to_lora != "level" else to_lora
+            rows.append([title, rank, *map(shown, found), to_lora])
+            title = ""
+    return markdown(rows)
+
+
+def prototypes(done):
+    """One row a prototype, one column a task at one rate; the first seed."""
+    methods = ["lora", "lora_4r"]
+    for task, rank, rate, _ in PROTOTYPED:
+        methods += [
+            method
+            for _, method, r, lr, _ in done[task]
+            if method.startswith("x:") and (r, lr) == (rank, rate)
+        ]
+    rows = [["method", *(title for *_, title in PROTOTYPED)]]
+    for method in dict.fromkeys(methods):
+        row = []
+        for task, rank, rate, _ in PROTOTYPED:
+            found = at_rate(done[task], task, method, rank, rate)
+            row.append(f"{found[0]['test_loss']:.4f}" if 0 in found else "–")
+        rows.append([described(method), *row])
+    return markdown(rows)
+
+
+def described(method):
+    """A method's name in words; what is not said is a prototype's default."""
+    if not method.startswith("x:"):
+        return HEADINGS[method]
+    return f"`{method.removeprefix('x:').replace(',', ' ')}`"
+
+
+def long_runs(done):
+    """Each method at LoRA's best rate: losses, and the part of the gap.
+
+    The gap is that to LoRA of four times the rank at the same rate. Few seeds:
+    their number is in the last column.
+    """
+    header = ["task", "rank", "rate", *(HEADINGS[x] for x in LONG_METHODS)]
+    rows = [[*header, "default", "of the gap", "seeds"]]
+    for task, title in LONG.items():
+        runs = done.get(task, {})
+        names = (DEFAULT, f"x:life={LIFE.get(task, 200)},stop=.85,slots=scaled")
+        for rank in sorted({key[2] for key in runs if key[1] in names}):
+            rate = best_rate(runs, (task, "lora", rank))
+            lora, quadruple, *others = (
+                at_rate(runs, task, method, rank, rate)
+                for method in LONG_METHODS
+            )
+            default = at_rate(runs, task, names[0], rank, rate) or at_rate(
+                runs, task, names[1], rank, rate
+            )
+            if not default:
+                continue
+            # Of the same seeds, or their differences say nothing.
+            cells = [
+                {seed: x[seed] for seed in default if seed in x}
+                for x in (lora, quadruple, *others, default)
+            ]
+            losses = [f"{test_loss(x):.4f}" if x else "–" for x in cells]
+            closed = gap_of_means(cells[0], default, cells[1])
+            row = [title, rank, f"{rate:g}", *losses, closed, len(default)]
+            rows.append(row)
+            title = ""
+    return markdown(rows)
+
+
+def curve(tasks):
+    """How LoRA's test loss depends on its rank."""
+    rows = [["task", *CURVE]]
+    for task, title in TITLES.items():
+        found = [method_of(tasks[task], rank, "lora") for rank in CURVE]
+        rows.append([title, *map(shown, found)])
+    return markdown(rows)
+
+
+def shown(runs):
+    """The test loss for a table; a dash for too few seeds."""
+    if not runs or len(runs) < FEWEST_SEEDS:
+        return "–"
+    return f"{test_loss(runs):.4f}"
