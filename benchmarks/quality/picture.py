@@ -33,18 +33,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="code_small")
     parser.add_argument("--rank", type=int, default=2)
-    # LoRA's best ones of a grid of half decades, at this rank and at 4 times.
+    # The best of a grid of half decades, of either rank of LoRA.
     parser.add_argument("--rate", type=float, default=3e-2)
-    parser.add_argument("--rate-4r", type=float, default=1e-2)
+    parser.add_argument("--large-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     path = RESULTS / "picture.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    curves = found.setdefault(f"{args.task}-{args.rank}", {})
+    curves = found.setdefault(f"{args.task}-{args.rank}-{args.rate:g}", {})
     for method, rank, rate in (
         ("lora", args.rank, args.rate),
+        ("lora", 4 * args.rank, args.large_rate),
         (DEFAULT, args.rank, args.rate),
-        ("lora", 4 * args.rank, args.rate_4r),
     ):
         name = f"{method}-{rank}"
         if name not in curves:
@@ -87,7 +87,6 @@ def train(method, rank, rate, args):
             int(np.prod(v.shape)) for v in model.trainable_variables
         ),
         "steps": task.steps,
-        "rate": rate,
         "training": [
             round(float(part.mean()), 4)
             for part in np.array_split(losses.values, 5 * POINTS)

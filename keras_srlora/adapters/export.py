@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import re
@@ -304,9 +305,12 @@ def _unfolded_factors(layer):
 def _write(filepath, rank, arrays):
     import h5py  # Keras needs it too, but imports it only when it saves.
 
+    # In memory first: where the disk is full, h5py ends the whole process.
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file["lora/vars/rank"] = rank
+        for index, (a, b) in arrays.items():
+            file[f"lora/{index}/vars/lora_kernel_a"] = a
+            file[f"lora/{index}/vars/lora_kernel_b"] = b
     with written_whole(filepath) as unfinished:
-        with h5py.File(unfinished, "w") as file:
-            file["lora/vars/rank"] = rank
-            for index, (a, b) in arrays.items():
-                file[f"lora/{index}/vars/lora_kernel_a"] = a
-                file[f"lora/{index}/vars/lora_kernel_b"] = b
+        pathlib.Path(unfinished).write_bytes(content.getvalue())

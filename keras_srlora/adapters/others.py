@@ -11,6 +11,9 @@ from keras import ops
 from keras_srlora.backend import devices
 from keras_srlora.conversion.freezing import pretrained_variables
 
+# Keras lets the optimizer count the scales of float8 layers.
+OF_FLOAT8 = ("_scale", "_amax_history")
+
 
 def trainable_beside(model: keras.Model, layers) -> list:
     """The trainable variables of a model that are no factors of its layers."""
@@ -26,7 +29,11 @@ def trained_beside(model: keras.Model, layers) -> list:
     """
     pretrained = {id(v) for v in pretrained_variables(model)}
     beside = trainable_beside(model, layers)
-    return [v for v in beside if id(v) in pretrained]
+    return [
+        v
+        for v in beside
+        if id(v) in pretrained and not v.name.endswith(OF_FLOAT8)
+    ]
 
 
 def warn_of_trained(model, layers, what, stacklevel=3) -> None:

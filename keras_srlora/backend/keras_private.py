@@ -249,18 +249,6 @@ def replace_quantized_kernel(layer, kernel):
     layer._kernel.assign(kernel)
 
 
-def output_layers(model):
-    """The layers that make a model's outputs; none of a subclassed model.
-
-    Private: `KerasTensor._keras_history`.
-    """
-    made_by = {
-        id(output._keras_history.operation)
-        for output in keras.tree.flatten(getattr(model, "outputs", None) or [])
-    }
-    return [layer for layer in model.layers if id(layer) in made_by]
-
-
 def seed_states(model):
     """The states of all seed generators inside a model, in order.
 

@@ -82,6 +82,7 @@ class Converted(KerasMixin):
             self.__class__ = converted
         # The converted object is compiled, by its own part of the file.
         plain.pop("compile_config", None)
+        optimizer = getattr(self, "optimizer", None)
         if keras_private.builds_when_called(self):
             plain.pop("build_config", None)
         return {
@@ -91,6 +92,8 @@ class Converted(KerasMixin):
                 for place, layer in _adapted(self).items()
             ],
             "trainable": trainable_flags(self),
+            # Whether its optimizer has state in the file.
+            "trained": getattr(optimizer, "built", False),
         }
 
     @classmethod
@@ -103,6 +106,7 @@ class Converted(KerasMixin):
         container = keras.saving.deserialize_keras_object(
             config["plain"], custom_objects=custom_objects
         )
+        vars(container)[TRAINED] = config.get("trained", True)
         is_built = isinstance(container, keras.Model) and container.built
         if is_built or not _missing(container, config):
             _convert_as_saved(container, config)
@@ -135,7 +139,7 @@ class Converted(KerasMixin):
         do; these take the same arguments.
         """
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
+        if self.built and vars(self).get(TRAINED, True):
             self.optimizer.build(self.trainable_variables)
 
 
@@ -155,6 +159,7 @@ class Awaiting(Converted):
 
 
 AWAITED = "_srlora_awaited"
+TRAINED = "_srlora_trained"
 
 
 def _convert_as_saved(container, config):

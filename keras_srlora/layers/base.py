@@ -50,7 +50,7 @@ class SRLoRALayer(RefusesQuantization):
     factor_names = "lora_kernel_a", "lora_kernel_b"
     # Whether `enable_srlora` converts such layers without being asked.
     converted_by_default = True
-    modules_to_save: tuple = ()
+    modules_to_save: tuple
 
     def __init__(
         self,

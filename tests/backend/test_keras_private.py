@@ -145,13 +145,6 @@ def test_a_frozen_variable_stays_frozen(layer):
     assert len(layer.trainable_variables) == 2
 
 
-def test_output_layers():
-    inputs = keras.Input((4,))
-    head = keras.layers.Dense(3)
-    model = keras.Model(inputs, head(keras.layers.Dense(4)(inputs)))
-    assert keras_private.output_layers(model) == [head]
-
-
 def test_optimizer_internals(layer):
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
     optimizer.build(layer.trainable_variables)

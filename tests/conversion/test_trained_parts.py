@@ -8,8 +8,7 @@ import pytest
 from support import to_numpy
 
 import keras_srlora
-from keras_srlora.adapters.others import saved_always
-from keras_srlora.layers.find import srlora_layers
+from keras_srlora.conversion.freezing import saved_variables
 
 layers = keras.layers
 WIDTH = 8
@@ -31,10 +30,6 @@ def convert(model, names=NAMES, **arguments):
     return keras_srlora.enable_srlora(
         model, 2, target_layer_names=names, **arguments
     )
-
-
-def saved_variables(model):
-    return saved_always(model, srlora_layers(model))
 
 
 def others(model):
@@ -186,6 +181,16 @@ def test_a_converted_layer_is_not_trained_whole():
     convert(model, ["first"])
     with pytest.raises(ValueError, match="modules_to_save.*first"):
         convert(model, ["second"], modules_to_save=["first"])
+
+
+def test_modules_of_an_outer_model_are_not_saved_with_the_inner():
+    inner = classifier()
+    outer = keras.Sequential([inner, layers.Dense(2, name="top")])
+    outer.build((None, WIDTH))
+    convert(outer, modules_to_save=["top"])
+    assert len(saved_variables(outer)) == 2
+    with pytest.raises(ValueError, match="top"):
+        saved_variables(inner)
 
 
 # Files of weights, where some variables of a plain layer are frozen.

@@ -303,7 +303,7 @@ def test_a_folder_that_does_not_exist(tmp_path):
     refused(tmp_path / "none" / "x", "in a folder that", FileNotFoundError)
 
 
-def test_layers_of_one_path(path):
+def test_layers_of_one_path_are_told_apart_by_their_models(path):
     def block(name):
         inputs = keras.Input((30,))
         outputs = keras.layers.Dense(30, name="same")(inputs)
@@ -313,10 +313,10 @@ def test_layers_of_one_path(path):
     x = block("right")(block("left")(x))
     model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
     kwargs = {"model": model, "target_layer_names": ["same"]}
-    refused(path, "Several layers.*same path.*'same'", **kwargs)
-    assert not path.exists()
-    # Without a file nobody asks.
-    assert len(convert(None, **kwargs)[1]) == 2
+    assert len(convert(path, **kwargs)[1]) == 2
+    with tensors_file.opened(path, directions_file.KIND) as (_, metadata):
+        paths = [layer["path"] for layer in metadata["layers"]]
+    assert sorted(paths) == ["left/same", "right/same"]
 
 
 def test_files_are_written_whole_or_not_at_all(path, monkeypatch):

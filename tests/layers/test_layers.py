@@ -167,7 +167,7 @@ def test_trainable_does_not_unfreeze_the_kernel(switch, rng):
 
 def test_quantizing_and_keras_lora_are_refused():
     layer = dense_layer(np.eye(8, dtype="float32"), rank=2)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ValueError, match="cannot be quantized"):
         layer.quantize("int8")
     with pytest.raises(ValueError, match="factors of its own"):
         layer.enable_lora(2)

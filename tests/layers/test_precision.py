@@ -119,7 +119,12 @@ def test_what_was_rounded_off_is_saved(dtype, rng, tmp_path):
     def model():
         keras.utils.set_random_seed(3)
         layer = keras_srlora.SRLoRADense(
-            20, rank=2, target_rank=20, recipe="paper", dtype=dtype
+            20,
+            rank=2,
+            target_rank=20,
+            recipe="paper",
+            dtype=dtype,
+            train_bias=False,
         )
         built = keras.Sequential([keras.Input((24,), dtype=dtype), layer])
         return built, layer

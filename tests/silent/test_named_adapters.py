@@ -143,6 +143,7 @@ def test_training_goes_on_after_switching_without_compiling(rng, tmp_path):
     """Right, or refused with a message that says what to do."""
     model, tuned = with_adapters(tmp_path)
     x, y = batch(rng, 16), batch(rng, 16)
+    keras_srlora.set_adapter(model, "default")
     model.compile(keras.optimizers.Adam(0.05), "mse")
     model.fit(x, y, batch_size=8, verbose=0)
     keras_srlora.set_adapter(model, "b")

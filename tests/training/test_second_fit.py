@@ -144,13 +144,14 @@ def test_what_would_be_stale_is_traced_anew(data):
     assert model.optimizer is optimizer
     assert int(to_numpy(optimizer.iterations)) == 8
     assert traces(model, run) == 0
-    recipe = Recipe(beta1=0.0, beta2=0.0)
+    recipe = Recipe(beta1=0.5, beta2=0.25)
     assert traces(model, scored(data, recipe=recipe, interval=7)) > 0
-    # With them the average is that of the last step alone, |w · g|.
+    # Recomposed before the last step, which left (1 - beta1) · I, and of
+    # I - (1 - beta1) · I the part (1 - beta2).
     average = statistics(model.get_layer("hidden")).average_b
     uncertainty = statistics(model.get_layer("hidden")).uncertainty_b
     assert average.max() > 0
-    np.testing.assert_allclose(uncertainty, 0.0, atol=1e-12)
+    np.testing.assert_allclose(uncertainty, 0.75 * average, rtol=1e-5)
 
 
 def test_a_model_that_is_merged_and_converted_again_is_traced_anew(data):

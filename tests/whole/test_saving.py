@@ -194,8 +194,8 @@ def test_serialized_wrapper_is_the_stock_optimizer(rng):
 
 def converted_mlp():
     inputs = keras.Input((12,))
-    x = keras.layers.Dense(16, activation="tanh", name="hidden")(inputs)
-    x = keras.layers.LayerNormalization(name="norm")(x)
+    x = keras.layers.LayerNormalization(name="norm")(inputs)
+    x = keras.layers.Dense(16, activation="tanh", name="hidden")(x)
     model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
     keras_srlora.enable_srlora(model, rank=4)
     model.compile(keras.optimizers.Adam(0.01), "mse")
