@@ -154,19 +154,15 @@ def keep_slots(kind, values):
 def shared_second_moments(kind, values):
     """First moments start from zero, second ones from the layer's own pairs.
 
-    A quarter of their mean over all slots: the first steps of a new pair are
-    at most about twice as large as those of the others. After zeroing, Adam's
-    bias correction being long gone, they are 3 to 7 times as large, which at
-    LoRA's best learning rate undoes what the other pairs have learnt.
+    They are the mean over all slots, so that the first steps of a new pair are
+    about as large as those of the others. After zeroing, Adam's bias correction
+    being long gone, they are 3 to 7 times as large, which at LoRA's best
+    learning rate undoes what the other pairs have learnt; from a quarter of the
+    mean an autoencoder still diverged.
     """
     if kind == "first_moment":
         return ops.zeros_like(values)
-    mean = ops.mean(values, axis=0, keepdims=True)
-    return ops.zeros_like(values) + SHARE * mean
-
-
-# Steps grow with the root: at most by a factor of two.
-SHARE = 0.25
+    return ops.zeros_like(values) + ops.mean(values, axis=0, keepdims=True)
 
 
 # When: (steps, recompositions) -> steps between two recompositions.

@@ -46,7 +46,7 @@ class Recipe:
             `(singular_values, tolerance, scale) -> (scale_a, scale_b)`.
         slots: what happens to the optimizer's slots of a restarted pair.
             `"zero_first_moments"`, `"zero"`, `"keep"`, or `"shared"`: second
-            moments start from a quarter of the mean of the layer's pairs, so
+            moments start from the mean of the layer's pairs, so
             that a new pair's steps are about as large as theirs. A function
             `(kind, values) -> values`.
         schedule: when. `"evenly"` over the run, or `"by_life"`: as often as
