@@ -106,7 +106,7 @@ def test_an_accumulation_is_finished_before_a_probe():
     assert len(steps) > 2 and all(step % 3 == 0 for step in steps)
 
 
-@pytest.mark.parametrize("epochs", [9, 21])
+@pytest.mark.parametrize("epochs", [9, 23])
 def test_a_resumed_run_decides_the_same(epochs, tmp_path):
     """Interrupted before the gate opens, and after."""
     whole, callback = student(quick()), RecompositionCallback()
