@@ -57,6 +57,8 @@ class Recipe:
             others follow, by the schedule, if the loss then falls faster than
             before, and as long as it falls. A class with the methods of
             `keras_srlora.recipes.protocol.Gate`.
+        turns: int. Groups of layers, which are recomposed in turn: every
+            `turns`-th layer at a time, so that few pairs are new at once.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
         steps_per_pair: int. Least number of steps that a pair is trained
@@ -66,6 +68,10 @@ class Recipe:
             the two counts.
         shortest_run: int. Steps of the shortest run that is recomposed at all;
             a shorter one is plain LoRA (or PiSSA, as it starts).
+        predictions_per_step: int. Least number of predictions that a step is
+            scored on: labels of a classification, tokens, or values of a
+            regression. With fewer, new pairs learn noise, and the run is plain
+            LoRA. `fit` finds the number where outputs and loss say it.
         reuse_directions: bool. Whether directions come again once pairs started
             along all of them, so that they never run out. For pairs that
             subtract nothing (`start="lora"`, `scale="as_lora"`).
@@ -102,10 +108,12 @@ class Recipe:
     slots: Choice = "zero_first_moments"
     schedule: Choice = "evenly"
     gate: Choice = "none"
+    turns: int = 1
     fusion_ratio: float = 0.5
     steps_per_pair: int = 1
     pair_life: float = 0.0
     shortest_run: int = 1
+    predictions_per_step: int = 1
     reuse_directions: bool = False
     stop: float = 1.0
     beta1: float = 0.85
@@ -126,9 +134,14 @@ class Recipe:
             number = getattr(self, field)
             number = check_fraction(field, number, low_open, high_open)
             object.__setattr__(self, field, number)
-        for field in ("steps_per_pair", "shortest_run"):
-            steps = check_count(field, getattr(self, field), "steps")
-            object.__setattr__(self, field, steps)
+        for field, unit in (
+            ("turns", "groups of layers"),
+            ("steps_per_pair", "steps"),
+            ("shortest_run", "steps"),
+            ("predictions_per_step", "predictions"),
+        ):
+            count = check_count(field, getattr(self, field), unit)
+            object.__setattr__(self, field, count)
         if self.reuse_directions and self.subtracts:
             raise ValueError(
                 "Directions can come again only where nothing is subtracted "
@@ -245,8 +258,10 @@ RECIPES = {
         slots="shared",
         schedule="by_life",
         steps_per_pair=200,
-        pair_life=0.1,
+        pair_life=0.05,
+        turns=6,
         shortest_run=1000,
+        predictions_per_step=256,
         reuse_directions=True,
         stop=0.85,
     ),

@@ -15,6 +15,7 @@ from keras_srlora.training import resume
 from keras_srlora.training import wrapping
 from keras_srlora.training.losses import LossReader
 from keras_srlora.training.losses import warn_of_no_loss
+from keras_srlora.training.predictions import predictions_per_step
 from keras_srlora.training.recomposer import COMPANION
 from keras_srlora.training.recomposer import Recomposer
 from keras_srlora.training.recomposition import Recomposition
@@ -222,6 +223,9 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._model, self._outer_optimizer, recomposer.optimizer
         )
         self._step = self._epoch_start + batch
+        if batch and recomposer.pace.wants_predictions:
+            found = predictions_per_step(self.model, batch)
+            recomposer.pace.report_predictions(found)
         if recomposer.is_due(self._step):
             # On JAX variables are not up to date during an epoch; the public
             # property sees to it.

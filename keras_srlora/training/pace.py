@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,8 @@ class Pace:
         interval: int or `None`. Steps between two recompositions; with a number
             the recipe's gate is left out.
         work: function without arguments that returns the `Work` that is left.
-        verbose: 0 or 1. With 1, the gate's decisions are printed.
+        verbose: 0 or 1. With 1, its decisions are printed.
+        predictions: how many each step is scored on; `None` while unknown.
 
     Attributes:
         total_steps: int. Training steps of the run; 0 while unknown.
@@ -39,6 +41,7 @@ class Pace:
         interval: int | None,
         work: Callable[[], Work],
         verbose: int = 0,
+        predictions: float | None = None,
     ):
         self.recipe = recipe
         self.interval = interval
@@ -46,12 +49,15 @@ class Pace:
         self.state = RunState()
         self._work = work
         self._verbose = verbose
+        self._predictions = predictions
         self._warned = False
 
     def start(self, step: int, epoch_steps: int = 0) -> None:
         """Begins at `step`, once a length or an interval is known."""
         self.state = RunState(
-            Schedule(origin=step, recomposed_at=step), None, -1, epoch_steps
+            Schedule(origin=step, recomposed_at=step),
+            epoch_steps=epoch_steps,
+            predictions=self._predictions,
         )
         if self.total_steps or self.interval:
             self._start_schedule(step)
@@ -60,7 +66,9 @@ class Pace:
         """Goes on with a state that was saved, by its own schedule."""
         self.state = saved
         if self.interval:
-            saved.schedule.interval = float(self.interval)
+            saved.schedule = dataclasses.replace(
+                saved.schedule, interval=float(self.interval), turns=1, turn=0
+            )
         saved.epoch_steps = epoch_steps or saved.epoch_steps
 
     def set_total_steps(self, total_steps: int, step: int) -> None:
@@ -86,9 +94,33 @@ class Pace:
         short = 0 < self.total_steps < self.recipe.shortest_run
         return short and self.interval is None
 
+    @property
+    def wants_predictions(self) -> bool:
+        """Whether it depends on the number of predictions of a step."""
+        asks = self.recipe.predictions_per_step > 1 and self.interval is None
+        return asks and self.state.predictions is None
+
+    @property
+    def has_few_predictions(self) -> bool:
+        """Whether the recipe leaves steps of so few predictions alone."""
+        found = self.state.predictions or math.inf
+        few = found < self.recipe.predictions_per_step
+        return few and self.interval is None
+
+    def report_predictions(self, predictions: float | None) -> None:
+        """Says how many predictions a step is scored on; `None`: unknown."""
+        self.state.predictions = predictions or 0
+        if self.has_few_predictions and self._verbose:
+            print(
+                f"\nSteps of {predictions:g} predictions train plain LoRA: the "
+                "recipe recomposes where a step is scored on at least "
+                f"{self.recipe.predictions_per_step}.",
+                flush=True,
+            )
+
     def is_due(self, step: int) -> bool:
         """Whether the loss is to be read, or a recomposition is due."""
-        if step >= self.last_step:
+        if step >= self.last_step or self.has_few_predictions:
             return False
         if self.wants_loss(step):
             return True
@@ -120,7 +152,7 @@ class Pace:
         total, count = self.state.losses()
         self.state.reported = []
         gate = self.state.gate
-        if gate is None or step >= self.last_step:
+        if gate is None or step >= self.last_step or self.has_few_predictions:
             return False
         # All processes of a run must hear the same answer.
         total, count = np.sum(devices.gather((total, count)), axis=0)
@@ -170,7 +202,8 @@ class Pace:
                 f"with other `stop` and `steps_per_pair`. Received: "
                 f"interval={self.interval}, {self.recipe}"
             )
-        self.state.schedule = Schedule(interval, step, step)
+        turns = self.recipe.turns if self.interval is None else 1
+        self.state.schedule = Schedule.start(step, interval, turns)
 
     def _warn_of_silence(self, step):
         gate = self.state.gate

@@ -57,6 +57,10 @@ class Recomposer:
         interval: int or `None`. Steps between two recompositions; with a number
             the recipe's gate is left out.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.
+        predictions_per_step: int or `None`. How many predictions a step is
+            scored on: examples of a classification, tokens, or values of a
+            regression. A recipe may leave a run with few of them alone.
+            Defaults to `None`: enough.
         verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
 
     Attributes:
@@ -84,6 +88,7 @@ class Recomposer:
         interval: int | None = None,
         *,
         fusion_ratio: float | None = None,
+        predictions_per_step: int | None = None,
         verbose: int = 0,
     ) -> None:
         interval = check_count("interval", interval, "steps", True)
@@ -93,6 +98,9 @@ class Recomposer:
                 "it: pass `total_steps`, or an `interval`. "
                 f"Received: {total_steps=}, {interval=}"
             )
+        predictions_per_step = check_count(
+            "predictions_per_step", predictions_per_step, "predictions", True
+        )
         if total_steps != 0:
             total_steps = check_count("total_steps", total_steps, "steps", True)
         self._model = model if isinstance(model, keras.Model) else None
@@ -110,7 +118,13 @@ class Recomposer:
             self.sensitivity.paths = layer_paths(self._model)
         preparation.start_layers(self.layers, self.recipe)
         self.events: list[Recomposition] = []
-        self.pace = Pace(self.recipe, interval, self._work_left, verbose)
+        self.pace = Pace(
+            self.recipe,
+            interval,
+            self._work_left,
+            verbose,
+            predictions_per_step,
+        )
         self.pace.total_steps = total_steps or 0
         self.restored = False  # whether a file was loaded since it was made
         self._verbose = verbose
@@ -256,8 +270,19 @@ class Recomposer:
         ]
         if exhausted:
             self._warn_of_exhausted(exhausted)
-        events = recompose(self.sensitivity, self.optimizer, step, self.recipe)
-        self.pace.state.schedule.recomposed_at = step
+        schedule = self.pace.state.schedule
+        groups = schedule.take(step)
+        events = recompose(
+            self.sensitivity,
+            self.optimizer,
+            step,
+            self.recipe,
+            layers=[
+                layer
+                for index, layer in enumerate(self.layers)
+                if index % schedule.turns in groups
+            ],
+        )
         self.events.extend(events)
         if events and self._verbose:
             print(f"\n{describe(events, len(self.layers))}", flush=True)

@@ -59,6 +59,7 @@ def recompose(
     optimizer: Any = None,
     step: int = 0,
     recipe: Recipe | str | None = None,
+    layers: list | None = None,
 ) -> list[Recomposition]:
     """Fuses some pairs of each layer and restarts their slots, now.
 
@@ -77,6 +78,8 @@ def recompose(
             are counted in.
         recipe: a `Recipe` or the name of one. Defaults to `None`: each layer
             follows its own.
+        layers: list of those to recompose. Defaults to `None`: all that are
+            scored.
 
     Returns:
         List of `Recomposition`, one for each layer that was recomposed.
@@ -96,8 +99,9 @@ def recompose(
         keras_srlora.recompose(optimizer.sensitivity, optimizer, step)
     ```
     """
-    layers, step = sensitivity.layers, int(step)
-    for layer in layers:
+    scored, step = sensitivity.layers, int(step)
+    chosen = scored if layers is None else layers
+    for layer in chosen:
         if not layer.initialized:
             raise ValueError(
                 f"The kernel of layer {layer.path!r} was not decomposed yet: "
@@ -105,10 +109,10 @@ def recompose(
                 "`keras_srlora.initialize_factors(model)` before training."
             )
     recipe = None if recipe is None else get_recipe(recipe)
-    slots = _find_slots(optimizer, layers)
+    slots = _find_slots(optimizer, chosen)
     importance = devices.agree(
         sensitivity.importance(recipe),
-        [layer.path for layer in layers],
+        [layer.path for layer in scored],
         "scores: each has scored the gradient of its own examples, or another "
         "model. Average the gradients over the processes before they are "
         "scored, as `DistributedDataParallel` does in a loop, and hooks of the "
@@ -116,7 +120,10 @@ def recompose(
         "has them).",
     )
     events, recomposed = [], []
-    for layer, scores in zip(layers, importance):
+    wanted = set(map(id, chosen))
+    for layer, scores in zip(scored, importance):
+        if id(layer) not in wanted:
+            continue
         of_layer = recipe or layer.recipe
         path = sensitivity.paths[id(layer)]
         event = _recompose_layer(layer, path, of_layer, scores, step)

@@ -26,6 +26,8 @@ class RunState:
         begun: step of the batch that began last, -1 before the first. What is
             saved is the state after it.
         epoch_steps: steps of an epoch of `fit`; 0 while unknown, or in a loop.
+        predictions: how many a step is scored on; 0 where the model does not
+            say, `None` before it was asked.
         reported: list of `(sum of losses, count)`, numbers or tensors, that the
             gate has not read yet.
     """
@@ -34,6 +36,7 @@ class RunState:
     gate: Gate | None = None
     begun: int = -1
     epoch_steps: int = 0
+    predictions: float | None = None
     reported: list = dataclasses.field(default_factory=list)
 
     def losses(self) -> tuple[float, float]:
@@ -51,6 +54,7 @@ class RunState:
                 "schedule": dataclasses.asdict(self.schedule),
                 "begun": self.begun,
                 "epoch_steps": self.epoch_steps,
+                "predictions": self.predictions,
                 "gate_kind": "none" if gate is None else recipe.gate,
                 "gate": gate,
                 "losses": self.losses() if self.reported else None,
@@ -86,6 +90,7 @@ class RunState:
             gate,
             saved["begun"],
             saved["epoch_steps"],
+            saved["predictions"],
             [] if saved["losses"] is None else [tuple(saved["losses"])],
         )
 

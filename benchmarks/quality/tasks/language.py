@@ -86,7 +86,7 @@ def pretrain_gpt(width, folder):
     model.save_weights(folder / "gpt.weights.h5")
 
 
-def code(steps, width=96):
+def code(steps, width=96, batch_size=BATCH_SIZE):
     """A GPT adapted to Python's standard library; no new head.
 
     As many bytes a window as the model is wide.
@@ -96,8 +96,8 @@ def code(steps, width=96):
     )
     train, validation, test = source_code()
     x, y = windows(train, width)
-    epochs = -(-steps * BATCH_SIZE // len(x))
-    count = steps // epochs * BATCH_SIZE
+    epochs = -(-steps * batch_size // len(x))
+    count = steps // epochs * batch_size
 
     def build(seed):
         model = gpt(width)
@@ -114,7 +114,7 @@ def code(steps, width=96):
         },
         loss=classification(),
         metrics=[],
-        batch_size=BATCH_SIZE,
+        batch_size=batch_size,
         epochs=epochs,
     )
 
@@ -123,4 +123,10 @@ TASKS = {
     "code": functools.partial(code, 2000),
     "code_6000": functools.partial(code, 6000),
     "code_small": functools.partial(code, 2000, width=64),
+    "code_small_1": functools.partial(code, 2000, width=64, batch_size=1),
+    "code_small_1_16000": functools.partial(
+        code, 16000, width=64, batch_size=1
+    ),
+    "code_small_2": functools.partial(code, 2000, width=64, batch_size=2),
+    "code_small_4": functools.partial(code, 2000, width=64, batch_size=4),
 }
