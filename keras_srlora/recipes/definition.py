@@ -64,14 +64,15 @@ class Recipe:
         steps_per_pair: int. Least number of steps that a pair is trained
             before its slot restarts: a run that is short for its directions
             recomposes less often, and does not visit all of them.
-        pair_life: float in [0, 1). The same as a part of the run; the larger of
-            the two counts.
-        shortest_run: int. Steps of the shortest run that is recomposed at all;
-            a shorter one is plain LoRA (or PiSSA, as it starts).
-        predictions_per_step: int. Least number of predictions that a step is
-            scored on: labels of a classification, tokens, or values of a
-            regression. With fewer, new pairs learn noise, and the run is plain
-            LoRA. `fit` finds the number where outputs and loss say it.
+        predictions_per_pair: int. The same in predictions that it learns from:
+            labels of a classification, tokens of a language model, values of a
+            regression. `fit` counts them where the model's outputs and loss say
+            how many there are.
+        pair_life: float in [0, 1). The same as a part of the run. The longest
+            life of the three is taken.
+        lives_per_run: int. Lives of a pair in the shortest run that is
+            recomposed at all; a shorter one is plain LoRA (or PiSSA, as it
+            starts).
         reuse_directions: bool. Whether directions come again once pairs started
             along all of them, so that they never run out. For pairs that
             subtract nothing (`start="lora"`, `scale="as_lora"`).
@@ -83,8 +84,9 @@ class Recipe:
     The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
     2505.12433, section 3), which leaves `slots` open.
     `recipe="adaptive"`, which layers have by default, starts each pair as LoRA
-    does, trains it for a tenth of the run and at least 200 steps, then fuses
-    it and restarts its slot; it leaves runs of fewer than 1,000 steps alone.
+    does, trains it for a twentieth of the run, and at least for 100 steps and
+    100,000 predictions, then fuses it and restarts its slot. It leaves a run of
+    fewer than 1,000 steps or 1,000,000 predictions alone: that is plain LoRA.
     `recipe="lora_restarts"` does the same in the first half of a run of any
     length, once for each direction, and with all moments at zero.
 
@@ -111,9 +113,9 @@ class Recipe:
     turns: int = 1
     fusion_ratio: float = 0.5
     steps_per_pair: int = 1
+    predictions_per_pair: int = 1
     pair_life: float = 0.0
-    shortest_run: int = 1
-    predictions_per_step: int = 1
+    lives_per_run: int = 1
     reuse_directions: bool = False
     stop: float = 1.0
     beta1: float = 0.85
@@ -137,8 +139,8 @@ class Recipe:
         for field, unit in (
             ("turns", "groups of layers"),
             ("steps_per_pair", "steps"),
-            ("shortest_run", "steps"),
-            ("predictions_per_step", "predictions"),
+            ("predictions_per_pair", "predictions"),
+            ("lives_per_run", "lives"),
         ):
             count = check_count(field, getattr(self, field), unit)
             object.__setattr__(self, field, count)
@@ -158,6 +160,16 @@ class Recipe:
     def to_dict(self) -> dict:
         """As plain Python, for JSON and a layer's config."""
         return dataclasses.asdict(self)
+
+    def life(self, total_steps: int, predictions: float | None = None):
+        """Steps for which a pair is trained at least.
+
+        Args:
+            total_steps: of the run.
+            predictions: of a step; 0 or `None` where they are not known.
+        """
+        seen = self.predictions_per_pair / predictions if predictions else 1
+        return max(self.steps_per_pair, seen, self.pair_life * total_steps)
 
     # What each choice does.
 
@@ -257,11 +269,11 @@ RECIPES = {
         LORA_RESTARTS,
         slots="shared",
         schedule="by_life",
-        steps_per_pair=200,
+        steps_per_pair=100,
         pair_life=0.05,
         turns=6,
-        shortest_run=1000,
-        predictions_per_step=256,
+        predictions_per_pair=100_000,
+        lives_per_run=10,
         reuse_directions=True,
         stop=0.85,
     ),

@@ -28,7 +28,7 @@ class Pace:
             the recipe's gate is left out.
         work: function without arguments that returns the `Work` that is left.
         verbose: 0 or 1. With 1, its decisions are printed.
-        predictions: how many each step is scored on; `None` while unknown.
+        predictions: how many a step learns from; `None` while unknown.
 
     Attributes:
         total_steps: int. Training steps of the run; 0 while unknown.
@@ -50,6 +50,7 @@ class Pace:
         self._work = work
         self._verbose = verbose
         self._predictions = predictions
+        self._started = 0
         self._warned = False
 
     def start(self, step: int, epoch_steps: int = 0) -> None:
@@ -89,38 +90,35 @@ class Pace:
         return gate is not None and step < self.last_step and gate.is_due(step)
 
     @property
+    def life(self) -> float:
+        """Steps for which a pair is trained at least."""
+        return self.recipe.life(self.total_steps, self.state.predictions)
+
+    @property
     def is_too_short(self) -> bool:
         """Whether the recipe leaves a run of this length alone."""
-        short = 0 < self.total_steps < self.recipe.shortest_run
-        return short and self.interval is None
+        needed = self.recipe.lives_per_run * self.life
+        return 0 < self.total_steps < needed and self.interval is None
 
     @property
     def wants_predictions(self) -> bool:
-        """Whether it depends on the number of predictions of a step."""
-        asks = self.recipe.predictions_per_step > 1 and self.interval is None
+        """Whether the number of predictions is to be reported."""
+        asks = self.recipe.predictions_per_pair > 1 and self.interval is None
         return asks and self.state.predictions is None
 
-    @property
-    def has_few_predictions(self) -> bool:
-        """Whether the recipe leaves steps of so few predictions alone."""
-        found = self.state.predictions or math.inf
-        few = found < self.recipe.predictions_per_step
-        return few and self.interval is None
-
     def report_predictions(self, predictions: float | None) -> None:
-        """Says how many predictions a step is scored on; `None`: unknown."""
+        """Says how many a step learns from; `None`: no one knows.
+
+        It comes after the first step of a run, when nothing is recomposed yet.
+        """
+        known_short = self.is_too_short
         self.state.predictions = predictions or 0
-        if self.has_few_predictions and self._verbose:
-            print(
-                f"\nSteps of {predictions:g} predictions train plain LoRA: the "
-                "recipe recomposes where a step is scored on at least "
-                f"{self.recipe.predictions_per_step}.",
-                flush=True,
-            )
+        if predictions and self.total_steps and not known_short:
+            self._start_schedule(self._started)
 
     def is_due(self, step: int) -> bool:
         """Whether the loss is to be read, or a recomposition is due."""
-        if step >= self.last_step or self.has_few_predictions:
+        if step >= self.last_step:
             return False
         if self.wants_loss(step):
             return True
@@ -152,7 +150,7 @@ class Pace:
         total, count = self.state.losses()
         self.state.reported = []
         gate = self.state.gate
-        if gate is None or step >= self.last_step or self.has_few_predictions:
+        if gate is None or step >= self.last_step:
             return False
         # All processes of a run must hear the same answer.
         total, count = np.sum(devices.gather((total, count)), axis=0)
@@ -165,12 +163,15 @@ class Pace:
         return answer == "recompose"
 
     def _start_schedule(self, step):
+        self._started = step
+        self.state.schedule = Schedule(origin=step, recomposed_at=step)
+        self.state.gate = None
         if self.is_too_short:
             if self._verbose:
                 print(
-                    f"\nA run of {self.total_steps} steps is plain LoRA: the "
-                    "recipe recomposes runs of at least "
-                    f"{self.recipe.shortest_run} steps.",
+                    "\nThis run is plain LoRA: the recipe asks for "
+                    f"{self.recipe.lives_per_run} lives of a pair, "
+                    f"{self.life:.0f} steps each. It has {self.total_steps}.",
                     flush=True,
                 )
             return

@@ -57,10 +57,10 @@ class Recomposer:
         interval: int or `None`. Steps between two recompositions; with a number
             the recipe's gate is left out.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.
-        predictions_per_step: int or `None`. How many predictions a step is
-            scored on: examples of a classification, tokens, or values of a
-            regression. A recipe may leave a run with few of them alone.
-            Defaults to `None`: enough.
+        predictions_per_step: int or `None`. How many predictions a step learns
+            from: labels of a classification, tokens of a language model, or
+            values of a regression. Where they are few, a recipe lets pairs live
+            longer, or leaves the run alone. Defaults to `None`: enough.
         verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
 
     Attributes:
@@ -289,7 +289,7 @@ class Recomposer:
         return events
 
     def _work_left(self):
-        work = work_left(self.layers, self.recipe, self.pace.total_steps)
+        work = work_left(self.layers, self.recipe, self.pace.life)
         if work.recompositions == 0:
             self._warn_of_exhausted(self.layers)
         return work

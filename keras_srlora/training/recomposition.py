@@ -208,9 +208,8 @@ class Work(NamedTuple):
     shortest_interval: float
 
 
-def work_left(layers, recipe: Recipe, total_steps: int) -> Work:
-    """The `Work` that is left in some layers, in a run of `total_steps`."""
-    life = max(recipe.steps_per_pair, recipe.pair_life * total_steps)
+def work_left(layers, recipe: Recipe, life: float) -> Work:
+    """The `Work` that is left in some layers; `life`: steps of a pair."""
     return Work(
         max(remaining_recompositions(layer, recipe) for layer in layers),
         max(

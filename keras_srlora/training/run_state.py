@@ -26,7 +26,7 @@ class RunState:
         begun: step of the batch that began last, -1 before the first. What is
             saved is the state after it.
         epoch_steps: steps of an epoch of `fit`; 0 while unknown, or in a loop.
-        predictions: how many a step is scored on; 0 where the model does not
+        predictions: how many a step learns from; 0 where the model does not
             say, `None` before it was asked.
         reported: list of `(sum of losses, count)`, numbers or tensors, that the
             gate has not read yet.

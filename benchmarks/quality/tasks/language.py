@@ -86,7 +86,7 @@ def pretrain_gpt(width, folder):
     model.save_weights(folder / "gpt.weights.h5")
 
 
-def code(steps, width=96, batch_size=BATCH_SIZE):
+def code(steps, width=96, batch_size=BATCH_SIZE, epochs=1):
     """A GPT adapted to Python's standard library; no new head.
 
     As many bytes a window as the model is wide.
@@ -96,7 +96,7 @@ def code(steps, width=96, batch_size=BATCH_SIZE):
     )
     train, validation, test = source_code()
     x, y = windows(train, width)
-    epochs = -(-steps * batch_size // len(x))
+    epochs = max(epochs, -(-steps * batch_size // len(x)))
     count = steps // epochs * batch_size
 
     def build(seed):
@@ -127,6 +127,8 @@ TASKS = {
     "code_small_1_16000": functools.partial(
         code, 16000, width=64, batch_size=1
     ),
+    "code_6000_small": functools.partial(code, 6000, width=64),
+    "code_small_8e": functools.partial(code, 2000, width=64, epochs=8),
     "code_small_2": functools.partial(code, 2000, width=64, batch_size=2),
     "code_small_4": functools.partial(code, 2000, width=64, batch_size=4),
 }
