@@ -111,7 +111,10 @@ def steps_of(loss="mse", kind=None):
     layer = keras_srlora.SRLoRADense(12, rank=1, use_bias=False, name="student")
     # The default recipe, for a short run.
     layer.recipe = dataclasses.replace(
-        layer.recipe, steps_per_pair=5, shortest_run=1
+        layer.recipe,
+        steps_per_pair=5,
+        predictions_per_pair=1,
+        lives_per_run=1,
     )
     outputs = layer(inputs)
     if kind == "add_loss":

@@ -183,6 +183,34 @@ def test_schedule_counts_steps():
     assert thirds.is_due(10)
 
 
+def test_each_group_of_layers_has_its_turn_once_an_interval():
+    schedule = Schedule.start(40, interval=12, turns=4)
+    taken = [
+        (step, group)
+        for step in range(40, 77)
+        if schedule.is_due(step)
+        for group in schedule.take(step)
+    ]
+    # The first after a whole interval.
+    expected = [(52 + 3 * i, i % 4) for i in range(9)]
+    assert taken == expected
+
+
+def test_groups_whose_steps_were_skipped_are_taken_together():
+    schedule = Schedule.start(0, interval=12, turns=4)
+    assert schedule.take(18) == [0, 1, 2]
+    assert schedule.take(21) == [3]
+    # All of them were due, some twice.
+    assert sorted(schedule.take(60)) == [0, 1, 2, 3]
+    assert schedule.take(63) == [0]
+
+
+def test_an_interval_too_short_for_turns_has_none():
+    schedule = Schedule.start(0, interval=3, turns=4)
+    assert [s for s in range(8) if schedule.is_due(s)][0] == 3
+    assert schedule.take(3) == [0] and schedule.turns == 1
+
+
 # What.
 
 

@@ -108,7 +108,8 @@ RUNS = {
             **{
                 **RECIPES["adaptive"].to_dict(),
                 "steps_per_pair": 6,
-                "shortest_run": STEPS,
+                "predictions_per_pair": 1,
+                "lives_per_run": 1,
             }
         ),
         "total_steps": STEPS,
@@ -306,10 +307,22 @@ def run_script(backend, tmp_path, *arguments, keras_backend=BACKEND):
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_script_learns_and_recomposes(recipe, tmp_path):
     """With its own recipe in a run that is long enough for it."""
-    steps, expected = 1000, range(100, 850, 100)
+    # Two layers of six turns: the second follows a twelfth of a life later.
+    steps = 1000
+    expected = [
+        (str(step + later), layer)
+        for step in range(50, 850, 50)
+        for later, layer in ((0, "hidden_1"), (9, "hidden_2"))
+        if step + later < 850
+    ]
     arguments = [f"--steps={steps}"]
     if recipe == "paper":
-        steps, expected = 40, (7, 14, 20, 27, 34)
+        steps = 40
+        expected = [
+            (str(step), layer)
+            for step in (7, 14, 20, 27, 34)
+            for layer in ("hidden_1", "hidden_2")
+        ]
         arguments = [f"--steps={steps}", "--recipe=paper"]
     done = run_script(BACKEND, tmp_path, *arguments)
     assert done.returncode == 0, done.stderr
@@ -317,11 +330,7 @@ def test_script_learns_and_recomposes(recipe, tmp_path):
     assert len(losses) == 10
     assert losses[-1] < 0.8 * losses[0]
     events = re.findall(r"step (\d+): (\S+) restarted", done.stdout)
-    assert events == [
-        (str(step), layer)
-        for step in expected
-        for layer in ("hidden_1", "hidden_2")
-    ]
+    assert events == expected
     before, after = re.search(
         r"5 to 9: (\S+) before, (\S+) after", done.stdout
     ).groups()

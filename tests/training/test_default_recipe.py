@@ -39,16 +39,20 @@ def fit(model, callback, epochs):
 
 
 def quick(**changes):
-    """The default recipe, where a hundredth of its steps are as many."""
-    fields = RECIPES["adaptive"].to_dict()
-    return Recipe(
-        **{**fields, "steps_per_pair": 8, "shortest_run": 56, **changes}
-    )
+    """The default recipe, for a run of some fifty steps."""
+    small = {
+        "steps_per_pair": 8,
+        "predictions_per_pair": 1,
+        "lives_per_run": 7,
+        "turns": 1,
+    }
+    return Recipe(**{**RECIPES["adaptive"].to_dict(), **small, **changes})
 
 
 def test_a_pair_lives_a_part_of_the_run_and_restarts_until_the_stop():
     # 400 steps: a life is 40, two pairs take turns, 0.85 of the run is 340.
-    events = fit(converted(quick()), RecompositionCallback(), 50)
+    recipe = quick(pair_life=0.1)
+    events = fit(converted(recipe), RecompositionCallback(), 50)
     steps = [event.step for event in events]
     assert steps == list(range(20, 340, 20))
     lives = {}
@@ -61,7 +65,7 @@ def test_a_pair_lives_a_part_of_the_run_and_restarts_until_the_stop():
 
 
 def test_a_life_has_a_least_length():
-    # 64 steps: a tenth is 6, below the 8 of the recipe.
+    # 64 steps: a twentieth is 3, below the 8 of the recipe.
     events = fit(converted(quick()), RecompositionCallback(), 8)
     assert [event.step for event in events] == list(range(4, 54, 4))
 
@@ -69,10 +73,47 @@ def test_a_life_has_a_least_length():
 def test_a_short_run_is_left_alone_and_verbose_says_why(capsys):
     callback = RecompositionCallback(verbose=1)
     assert fit(converted(quick()), callback, 6) == []
-    assert "48 steps is plain LoRA" in capsys.readouterr().out
+    assert (
+        "plain LoRA: the recipe asks for 7 lives of a pair, 8 steps each. "
+        "It has 48."
+    ) in capsys.readouterr().out
     # An interval is obeyed.
     events = fit(converted(quick()), RecompositionCallback(interval=20), 6)
     assert [event.step for event in events] == [20, 40]
+
+
+def test_a_life_has_a_least_number_of_predictions():
+    # Batches of 8 with 3 values each: 192 take 8 steps, 240 take 10.
+    for predictions, life in ((192, 8), (240, 10)):
+        recipe = quick(steps_per_pair=1, predictions_per_pair=predictions)
+        events = fit(converted(recipe), RecompositionCallback(), 10)
+        assert [e.step for e in events] == list(range(life // 2, 68, life // 2))
+
+
+def test_a_run_of_few_predictions_is_lora(capsys):
+    recipe = quick(predictions_per_pair=300)
+    model = converted(recipe)
+    callback = RecompositionCallback(verbose=1)
+    # 80 steps of 24 predictions are not seven times 300.
+    assert fit(model, callback, 10) == []
+    assert "lives of a pair, 12 steps each. It has 80" in (
+        capsys.readouterr().out
+    )
+    lora = converted(Recipe(start="lora"))
+    data = regression_data(np.random.default_rng(0))
+    lora.fit(*data, batch_size=8, epochs=10, verbose=0)
+    for ours, theirs in zip(model.get_weights(), lora.get_weights()):
+        # Another compiled step, which may add in another order.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    # An interval is obeyed here as well.
+    events = fit(converted(recipe), RecompositionCallback(interval=20), 6)
+    assert [event.step for event in events] == [20, 40]
+
+
+def test_a_loss_of_ones_own_counts_steps_alone():
+    model = converted(quick(predictions_per_pair=10**9))
+    model.compile("adam", lambda y, p: keras.ops.mean((y - p) ** 2))
+    assert fit(model, RecompositionCallback(), 10)
 
 
 def test_directions_come_again_in_turn_and_change_no_function():

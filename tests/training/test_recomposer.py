@@ -317,7 +317,13 @@ def test_the_file_says_what_it_holds():
     state = unpack(loop.recomposer.to_arrays()["state"], "run", 1)
     assert state["begun"] == 29 and state["gate_kind"] == "flat_loss"
     assert state["gate"]["window"] == 24
-    assert set(state["schedule"]) == {"interval", "origin", "recomposed_at"}
+    assert set(state["schedule"]) == {
+        "interval",
+        "origin",
+        "recomposed_at",
+        "turns",
+        "turn",
+    }
 
 
 def test_nothing_to_restore_is_refused():
