@@ -31,7 +31,7 @@ DEFAULT = "adaptive"
 def main():
     """Trains what is missing, draws, writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="code_small")
+    parser.add_argument("--task", default="code_6000_small")
     parser.add_argument("--rank", type=int, default=2)
     # The best of a grid of half decades, of either rank of LoRA.
     parser.add_argument("--rate", type=float, default=3e-2)
