@@ -21,6 +21,7 @@ sentences come from two packages of data:
 """
 
 import _compare
+import _outcome
 import _packages
 import glue
 import keras
@@ -42,12 +43,8 @@ def main():
     task = glue.make_task("sst2", args.preset or _packages.minilm(), args)
     task.title = f"{args.preset or 'MiniLM-L6'} on Rotten Tomatoes"
     task.target_layer_names, task.exclude_layer_names = TARGETS, ()
-    print(
-        f"{task.title}: {len(task.train):,} sentences to train on, "
-        f"{len(task.validation):,} to validate on; Keras on "
-        f"{keras.backend.backend()}",
-        flush=True,
-    )
+    task.unit = "sentences"
+    print(f"{_compare.sizes(task)}; Keras on {keras.backend.backend()}")
     runs = []
     for method in args.method:
         result, backbone, model = _compare.run(method, task, args)
@@ -55,9 +52,9 @@ def main():
             _, validation = _compare.make_batches(task, args)
             _compare.merge_and_check(model, validation)
         runs.append(result)
-    print("\n" + _compare.table(_compare.run_rows(runs)))
+    print("\n" + _outcome.table(_outcome.run_rows(runs)))
     print("\n" + summary(runs, len(task.validation)))
-    _compare.save(runs, task.title, args.output)
+    _outcome.save(runs, task.title, args.output)
 
 
 def summary(runs, validation_examples):
@@ -81,7 +78,7 @@ def summary(runs, validation_examples):
         f"with {ours.parameters / keras_lora.parameters:.0%} of its trainable "
         f"parameters, in {ours.seconds / keras_lora.seconds:.0%} of its time. "
         f"Low rank is\nenough for this task, so recompositions have nothing to "
-        f"win; SRLoRA made {len(ours.events)}."
+        f"win; SRLoRA made {ours.recompositions}."
     )
 
 
@@ -100,9 +97,7 @@ def parse_arguments():
         output="outputs/bert_text_classification",
         offline=True,
     )
-    add = parser.add_argument
-    add("--sequence-length", type=int, default=32)
-    add("--num-layers", type=int, help="only the first layers")
+    parser.add_argument("--sequence-length", type=int, default=32)
     return _compare.parse_arguments(
         parser,
         num_layers=2,

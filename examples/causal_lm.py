@@ -33,6 +33,7 @@ import re
 import sysconfig
 
 import _compare
+import _outcome
 import _packages
 import keras
 import keras_hub
@@ -70,12 +71,9 @@ def main():
         convert=shift,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         evaluate=evaluate,
+        unit=f"blocks of {args.sequence_length} tokens",
     )
-    print(
-        f"{task.title}: {len(train)} blocks of {args.sequence_length} tokens "
-        f"to train on, {len(validation)} to validate on; Keras on "
-        f"{keras.backend.backend()}"
-    )
+    print(f"{_compare.sizes(task)}; Keras on {keras.backend.backend()}")
 
     heading("Before")
     lm = task.load_backbone()
@@ -97,8 +95,8 @@ def main():
             export_and_check(lm, model, preset, batches, args)
 
     heading(f"The outcome (before: validation loss {pretrained['loss']:.4f})")
-    print(_compare.table(_compare.run_rows(runs)))
-    _compare.save(runs, task.title, args.output)
+    print(_outcome.table(_outcome.run_rows(runs)))
+    _outcome.save(runs, task.title, args.output)
 
 
 def load(preset, preprocessor):
@@ -261,7 +259,6 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--domain", choices=DOMAINS, default="reviews")
-    add("--num-layers", type=int, help="the first layers of SmolLM2 only")
     add("--sequence-length", type=int, default=64)
     add("--write-tokens", type=int, default=40, help="with the prompt")
     return _compare.parse_arguments(
