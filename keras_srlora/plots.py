@@ -338,7 +338,7 @@ def _choose(runs, layer):
 
 def _grouped(values, width):
     """Means and sizes of groups of values, each at most `width` wide."""
-    groups = []
+    groups: list[list] = []
     for value in sorted(values):
         if groups and value - groups[-1][0] <= width:
             groups[-1].append(value)
