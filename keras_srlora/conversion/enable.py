@@ -55,14 +55,17 @@ def enable_srlora(
     """Converts the projections of a built model to SRLoRA layers, in place.
 
     The layers keep their names, paths and places; their kernels are decomposed
-    now. Afterwards exactly these are trainable: the factors, even of layers
-    that were frozen before; the biases that `bias` names; the layers in
-    `modules_to_save`; and the head where there is one, unless it was frozen. Of
-    a KerasHub task the head is everything outside of its `backbone`; of another
-    model, the layers behind the last block with projections that are no blocks,
-    or without blocks the last layer with a kernel. A subclassed model is read
-    by the order of its attributes, with a warning that names trainable and
-    frozen layers. `keras_srlora.print_trainable_parameters(model)` counts.
+    now. Afterwards exactly these are trainable:
+
+    - the factors, even of layers that were frozen before;
+    - the biases that `bias` names, and the layers in `modules_to_save`;
+    - the head where there is one, unless it was frozen.
+
+    The head of a KerasHub task is everything outside of its `backbone`. In
+    another model it is the layers behind the last block with projections that
+    are no blocks themselves; without blocks, the last layer with a kernel. A
+    subclassed model is read by the order of its attributes, with a warning that
+    names trainable and frozen layers. `print_trainable_parameters` counts.
 
     Variables that are frozen here stay frozen when `model.trainable` is set to
     `False` and to `True` again. To train a pretrained layer whole, name it in
