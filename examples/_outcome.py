@@ -47,6 +47,16 @@ def run_rows(runs):
     ]
 
 
+def show(runs):
+    """Prints the table, and what its columns mean."""
+    print(f"\n{table(run_rows(runs))}\n")
+    print(
+        "final training loss: mean of the last tenth of the steps; seconds: of "
+        "`fit`, compiling included",
+        flush=True,
+    )
+
+
 def save_text(text, folder):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,15 +77,15 @@ def save(runs, title, folder):
 def plot_curves(runs, title, path):
     """The losses against steps, with the recompositions marked."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    curves = []
     for run in runs:
         steps = range(1, len(run.losses) + 1)
         scores = [f"{name} {x:.3f}" for name, x in run.scores.items()]
         label = f"{_compare.METHODS[run.method]}: {', '.join(scores)}"
         color = COLORS[run.method]
-        axes.plot(steps, run.losses, color=color, alpha=0.2, linewidth=0.7)
-        axes.plot(
-            steps, smoothed(run.losses), color=color, linewidth=2, label=label
-        )
+        axes.plot(steps, run.losses, color=color, alpha=0.15, linewidth=0.7)
+        curves.append(smoothed(run.losses))
+        axes.plot(steps, curves[-1], color=color, linewidth=2, label=label)
     recomposed = {event.step for run in runs for event in run.events}
     for step in recomposed:
         # Between the last step before it and the first one after it.
@@ -90,6 +100,10 @@ def plot_curves(runs, title, path):
     axes.set_xlim(1, len(runs[0].losses))
     if max(runs[0].losses) > 10 * runs[0].final_loss:
         axes.set_yscale("log")
+    else:
+        # Single batches scatter far beyond the means.
+        low, high = np.min(curves), np.max(curves)
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(framealpha=1, edgecolor="none")
     figure.savefig(path, dpi=150)

@@ -36,7 +36,7 @@ def run(names, make_task, args):
                 _compare.merge_and_check(model, validation)
             runs[name, method] = result
         of_task = [runs[name, method] for method in args.method]
-        print("\n" + _outcome.table(_outcome.run_rows(of_task)))
+        _outcome.show(of_task)
         _outcome.save(of_task, task.title, f"{args.output}/{name}")
     return runs
 

@@ -52,7 +52,7 @@ def main():
             _, validation = _compare.make_batches(task, args)
             _compare.merge_and_check(model, validation)
         runs.append(result)
-    print("\n" + _outcome.table(_outcome.run_rows(runs)))
+    _outcome.show(runs)
     print("\n" + summary(runs, len(task.validation)))
     _outcome.save(runs, task.title, args.output)
 
@@ -72,13 +72,22 @@ def summary(runs, validation_examples):
         if a > b
         else "is behind"
     )
+    if ours.recompositions:
+        remark = (
+            f"It recomposed {ours.recompositions} times. Low rank is enough "
+            "for this task, so there is little to win."
+        )
+    else:
+        remark = (
+            f"{len(ours.losses)} steps are too few to recompose, so it was "
+            "plain LoRA here.\nThe README's picture shows a longer run."
+        )
     return (
-        f"SRLoRA {outcome} Keras's LoRA ({a:.3f} and {b:.3f}; two standard "
-        f"errors are {noise:.3f}),\n"
-        f"with {ours.parameters / keras_lora.parameters:.0%} of its trainable "
-        f"parameters, in {ours.seconds / keras_lora.seconds:.0%} of its time. "
-        f"Low rank is\nenough for this task, so recompositions have nothing to "
-        f"win; SRLoRA made {ours.recompositions}."
+        f"SRLoRA {outcome} Keras's LoRA: accuracy {a:.3f} and {b:.3f}, where "
+        f"{noise:.3f} are two\nstandard errors. It took "
+        f"{ours.parameters / keras_lora.parameters:.0%} of its trainable "
+        f"parameters and {ours.seconds / keras_lora.seconds:.0%} of its time.\n"
+        f"{remark}"
     )
 
 
