@@ -4,8 +4,8 @@
 
 Three runs of 1,200 steps each: the first two layers of a pretrained MiniLM
 learn whether a critic liked a film (Rotten Tomatoes), as LoRA, with the default
-recipe and with the published one. What a run leaves is kept in
-`outputs/pictures`, and is not run again. Each picture is drawn twice, for the
+recipe and with the published one. Runs are kept in `outputs/pictures`, and
+are not run again. Each picture is drawn twice, for the
 light and the dark colours of the documentation. The model and the sentences
 come from two packages:
 
@@ -47,7 +47,7 @@ SCHEMES = {
 
 
 def main():
-    """Trains what was not trained yet, and draws."""
+    """Trains the runs that are missing, and draws."""
     runs = {label: train(label) for label in METHODS}
     PICTURES.mkdir(exist_ok=True)
     for scheme in SCHEMES:

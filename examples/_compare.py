@@ -308,7 +308,7 @@ def make_parser(description, methods=("srlora", "keras_lora"), **defaults):
     add("--num-layers", type=int, help="only the first layers of the model")
     add("--seed", type=int, default=0)
     add("--output", help="folder for pictures, tables and numbers")
-    add("--cache-dir", help="folder for what is made only once")
+    add("--cache-dir", help="folder for presets and data, made only once")
     add("--verbose", type=int, default=1, help="0: no line a recomposition")
     add("--smoke", action="store_true", help="a tiny run, to see it work")
     parser.set_defaults(**defaults)

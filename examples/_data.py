@@ -263,7 +263,7 @@ SOLAR_CELLS = tfds.features.FeaturesDict(
     }
 )
 
-# By TFDS's name: what is stored, and its features where TFDS has none.
+# By TFDS's name: the function that makes it, and features that TFDS lacks.
 STAND_INS = {
     "glue/sst2": (film_reviews, None),
     "glue/mrpc": (same_story, None),

@@ -58,7 +58,7 @@ def main():
 
 
 def summary(runs, validation_examples):
-    """What the table says, in a sentence or two."""
+    """The outcome in a few sentences."""
     by_method = {run.method: run for run in runs}
     if not {"srlora", "keras_lora"} <= set(by_method):
         return ""

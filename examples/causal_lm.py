@@ -164,11 +164,11 @@ DOMAINS = {make.__name__: make for make in (reviews, news, python)}
 def make_blocks(text, tokenizer, args):
     """Cuts a text into blocks of ids: some to train on, the last to validate.
 
-    A block has one token more than the model reads: the last one is only told.
+    A block has one token more than the model reads: the last one is a label.
     """
     length = args.sequence_length + 1
     wanted = args.train_examples + args.validation_examples
-    # A token has three to five letters; what is too much is cut off.
+    # A token has three to five letters; the surplus is cut off.
     ids = np.asarray(tokenizer(text[: 8 * wanted * length]), "int32")
     count = len(ids) // length
     if count < wanted:
@@ -185,7 +185,7 @@ def make_blocks(text, tokenizer, args):
 
 
 def shift(block):
-    """A block of ids as the model's input and what it shall say."""
+    """A block of ids as the model's input, and the next ids as its labels."""
     token_ids = block[:-1]
     x = {"token_ids": token_ids, "padding_mask": tf.ones_like(token_ids)}
     return x, block[1:]
