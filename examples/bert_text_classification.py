@@ -21,6 +21,7 @@ sentences come from two packages of data:
 """
 
 import _compare
+import _outcome
 import _packages
 import glue
 import keras
@@ -42,12 +43,8 @@ def main():
     task = glue.make_task("sst2", args.preset or _packages.minilm(), args)
     task.title = f"{args.preset or 'MiniLM-L6'} on Rotten Tomatoes"
     task.target_layer_names, task.exclude_layer_names = TARGETS, ()
-    print(
-        f"{task.title}: {len(task.train):,} sentences to train on, "
-        f"{len(task.validation):,} to validate on; Keras on "
-        f"{keras.backend.backend()}",
-        flush=True,
-    )
+    task.unit = "sentences"
+    print(f"{_compare.sizes(task)}; Keras on {keras.backend.backend()}")
     runs = []
     for method in args.method:
         result, backbone, model = _compare.run(method, task, args)
@@ -55,13 +52,13 @@ def main():
             _, validation = _compare.make_batches(task, args)
             _compare.merge_and_check(model, validation)
         runs.append(result)
-    print("\n" + _compare.table(_compare.run_rows(runs)))
+    _outcome.show(runs)
     print("\n" + summary(runs, len(task.validation)))
-    _compare.save(runs, task.title, args.output)
+    _outcome.save(runs, task.title, args.output)
 
 
 def summary(runs, validation_examples):
-    """What the table says, in a sentence or two."""
+    """The outcome in a few sentences."""
     by_method = {run.method: run for run in runs}
     if not {"srlora", "keras_lora"} <= set(by_method):
         return ""
@@ -75,13 +72,22 @@ def summary(runs, validation_examples):
         if a > b
         else "is behind"
     )
+    if ours.recompositions:
+        remark = (
+            f"It recomposed {ours.recompositions} times. Low rank is enough "
+            "for this task, so there is little to win."
+        )
+    else:
+        remark = (
+            f"{len(ours.losses)} steps are too few to recompose, so it was "
+            "plain LoRA here.\nThe README's picture shows a longer run."
+        )
     return (
-        f"SRLoRA {outcome} Keras's LoRA ({a:.3f} and {b:.3f}; two standard "
-        f"errors are {noise:.3f}),\n"
-        f"with {ours.parameters / keras_lora.parameters:.0%} of its trainable "
-        f"parameters, in {ours.seconds / keras_lora.seconds:.0%} of its time. "
-        f"Low rank is\nenough for this task, so recompositions have nothing to "
-        f"win; SRLoRA made {len(ours.events)}."
+        f"SRLoRA {outcome} Keras's LoRA: accuracy {a:.3f} and {b:.3f}, where "
+        f"{noise:.3f} are two\nstandard errors. It took "
+        f"{ours.parameters / keras_lora.parameters:.0%} of its trainable "
+        f"parameters and {ours.seconds / keras_lora.seconds:.0%} of its time.\n"
+        f"{remark}"
     )
 
 
@@ -100,9 +106,7 @@ def parse_arguments():
         output="outputs/bert_text_classification",
         offline=True,
     )
-    add = parser.add_argument
-    add("--sequence-length", type=int, default=32)
-    add("--num-layers", type=int, help="only the first layers")
+    parser.add_argument("--sequence-length", type=int, default=32)
     return _compare.parse_arguments(
         parser,
         num_layers=2,

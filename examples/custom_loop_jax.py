@@ -40,7 +40,7 @@ def write(variables, state):
 
 
 def train(model, recomposer, batches):
-    """Returns the loss of each step; `recomposer.events` is what happened."""
+    """Returns the loss of each step; `recomposer.events` has the rest."""
     loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = recomposer.optimizer
     optimizer.build(model.trainable_variables)

@@ -25,7 +25,7 @@ import keras_srlora
 
 
 def train(model, recomposer, batches):
-    """Returns the loss of each step; `recomposer.events` is what happened."""
+    """Returns the loss of each step; `recomposer.events` has the rest."""
     loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     variables = model.trainable_variables
     optimizer = recomposer.optimizer

@@ -3,7 +3,7 @@
 A `Recomposer` follows the default recipe. Whenever the optimizer steps, the
 gradients that `loss.backward()` left are scored; `before_step` fuses and
 restarts pairs between two steps, and treats the optimizer's moments of the
-restarted pairs as the recipe says.
+restarted pairs by the recipe.
 
 A small network that was pretrained on the digits 0 to 4 is adapted to the
 digits 5 to 9: `python custom_loop_torch.py`, a few seconds.
@@ -25,7 +25,7 @@ import keras_srlora
 
 
 def train(model, recomposer, batches):
-    """Returns the loss of each step; `recomposer.events` is what happened."""
+    """Returns the loss of each step; `recomposer.events` has the rest."""
     optimizer = recomposer.optimizer
     losses = []
     for step, (x, y) in enumerate(batches):

@@ -27,6 +27,7 @@ from collections.abc import Callable
 import _compare
 import _data
 import _packages
+import _paper
 import keras
 import keras_hub
 from scipy import stats
@@ -88,26 +89,8 @@ def main():
         _packages.minilm() if args.offline else "deberta_v3_base_en"
     )
     print(introduction(preset, args), flush=True)
-    runs = {}
-    for name in args.task:
-        task = make_task(name, preset, args)
-        print(
-            f"\n=== {task.title}: {len(task.train):,} examples to train on, "
-            f"{len(task.validation):,} to validate on",
-            flush=True,
-        )
-        for method in args.method:
-            result, backbone, model = _compare.run(method, task, args)
-            if method == "srlora":
-                _, validation = _compare.make_batches(task, args)
-                _compare.merge_and_check(model, validation)
-            runs[name, method] = result
-        of_task = [runs[name, method] for method in args.method]
-        print("\n" + _compare.table(_compare.run_rows(of_task)))
-        _compare.save(of_task, task.title, f"{args.output}/{name}")
-    outcome = f"{_compare.table(paper_rows(runs, args))}\n\n{note(args)}"
-    print(f"\n=== The table of the paper\n\n{outcome}")
-    _compare.save_text(outcome, args.output)
+    runs = _paper.run(args.task, lambda x: make_task(x, preset, args), args)
+    _paper.report(paper_rows(runs, args), note(args), args)
 
 
 def make_task(name, preset, args):
@@ -154,13 +137,7 @@ def add_head(backbone, outputs):
     x = keras.layers.GlobalAveragePooling1D()(
         sequence, mask=backbone.input["padding_mask"]
     )
-    head = keras.layers.Dense(
-        outputs,
-        # The same head for all methods and on each backend.
-        kernel_initializer="zeros",
-        name="logits",
-    )
-    return keras.Model(backbone.input, head(x))
+    return keras.Model(backbone.input, _compare.zero_head(outputs)(x))
 
 
 def make_tokenize(preset, sequence_length, info):
@@ -227,24 +204,19 @@ def note(args):
 
 
 def parse_arguments():
-    parser = _compare.make_parser(
+    parser = _paper.make_parser(
         __doc__,
         methods=("lora", "pissa", "srlora", "full"),
-        recipe="paper",
         rank=8,
         target_rank=64,
         epochs=3,
         batch_size=32,
         learning_rate=1e-3,
-        train_examples=0,
-        validation_examples=0,
         output="outputs/glue",
     )
     add = parser.add_argument
     add("--task", nargs="+", choices=TASKS, default=list(TASKS))
     add("--sequence-length", type=int, default=128)
-    add("--num-layers", type=int, help="only the first layers")
-    add("--offline", action="store_true", help="stand-ins; no download")
     if parser.parse_args().offline:
         # What two cores do in a quarter of an hour, at the best rate of
         # MiniLM's LoRA.

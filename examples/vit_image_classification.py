@@ -20,6 +20,7 @@ The learning rate, the rank and the epochs are this script's choice.
 import _compare
 import _data
 import _packages
+import _paper
 import keras
 import keras_hub
 import tensorflow as tf
@@ -42,26 +43,8 @@ def main():
     )
     model_name = "ViT-S/14" if args.offline and not args.preset else preset
     print(f"{model_name}, rank {args.rank}, on {keras.backend.backend()}")
-    runs = {}
-    for name in args.dataset:
-        task = make_task(name, preset, args)
-        print(
-            f"\n=== {task.title}: {len(task.train):,} images to train on, "
-            f"{len(task.validation):,} to validate on",
-            flush=True,
-        )
-        for method in args.method:
-            result, backbone, model = _compare.run(method, task, args)
-            if method == "srlora":
-                _, validation = _compare.make_batches(task, args)
-                _compare.merge_and_check(model, validation)
-            runs[name, method] = result
-        of_task = [runs[name, method] for method in args.method]
-        print("\n" + _compare.table(_compare.run_rows(of_task)))
-        _compare.save(of_task, task.title, f"{args.output}/{name}")
-    outcome = f"{_compare.table(paper_rows(runs, args))}\n\n{note(args)}"
-    print(f"\n=== The table of the paper\n\n{outcome}")
-    _compare.save_text(outcome, args.output)
+    runs = _paper.run(args.dataset, lambda x: make_task(x, preset, args), args)
+    _paper.report(paper_rows(runs, args), note(args), args)
 
 
 def make_task(name, preset, args):
@@ -87,6 +70,7 @@ def make_task(name, preset, args):
         convert=make_convert(load_converter(preset, args.image_size)),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         evaluate=_compare.accuracy,
+        unit="images",
         # The paper adapts query, key, value and the two of the feed-forward.
         exclude_layer_names=("attention_output",),
     )
@@ -95,12 +79,7 @@ def make_task(name, preset, args):
 def add_head(backbone, classes):
     """One dense layer on the class token."""
     (images,) = keras.tree.flatten(backbone.input)
-    head = keras.layers.Dense(
-        classes,
-        # The same head for all methods and on each backend.
-        kernel_initializer="zeros",
-        name="logits",
-    )
+    head = _compare.zero_head(classes)
     return keras.Model(images, head(backbone.output[:, 0]))
 
 
@@ -168,24 +147,19 @@ def note(args):
 
 
 def parse_arguments():
-    parser = _compare.make_parser(
+    parser = _paper.make_parser(
         __doc__,
         methods=("lora", "srlora", "full"),
-        recipe="paper",
         rank=8,
         target_rank=64,
         epochs=1,
         batch_size=32,
         learning_rate=1e-3,
-        train_examples=0,
-        validation_examples=0,
         output="outputs/vit_image_classification",
     )
     add = parser.add_argument
     add("--dataset", nargs="+", default=list(PAPER))
     add("--image-size", type=int, help="of a DINOv2; others have their own")
-    add("--num-layers", type=int, help="only the first layers")
-    add("--offline", action="store_true", help="a stand-in; no download")
     if parser.parse_args().offline:
         # What two cores do in a quarter of an hour.
         parser.set_defaults(

@@ -95,13 +95,14 @@ def plot_loss(losses, run=None, *, label=None, smooth=1, ax=None):
         for i, step in enumerate(sorted(steps)):
             ax.axvline(
                 step,
-                color="0.8",
+                color="0.5",
+                alpha=0.4,  # on a dark page as well
                 linewidth=0.8,
                 zorder=0,
-                label="recomposition" if i == 0 else None,
+                label="a recomposition" if i == 0 else None,
             )
     ax.set_xlabel("step")
-    ax.set_ylabel("loss")
+    ax.set_ylabel(f"loss, mean of {smooth} steps" if smooth > 1 else "loss")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False)
     return ax
@@ -133,8 +134,8 @@ def plot_active_directions(run, *, layer=None, total_steps=None, ax=None):
         ax.barh(row, end - begin, height, left=begin, color=f"C{slot % 10}")
     ax.set_xlim(0, total)
     ax.set_xlabel("step")
-    ax.set_ylabel("singular direction (0: none, 1: the largest)")
-    ax.set_title(f"{chosen.path}, a colour for each slot", fontsize="medium")
+    ax.set_ylabel("singular direction (0: none yet, 1: the largest)")
+    ax.set_title(f"{chosen.path}\na colour for each slot", fontsize="medium")
     return ax
 
 
@@ -147,7 +148,8 @@ def plot_lifetimes(run, *, total_steps=None, ax=None):
         ax: `matplotlib.axes.Axes`, or `None` for a new one.
 
     Returns:
-        The `Axes`: a box for each layer name, over all blocks.
+        The `Axes`: a row for each layer name, over all blocks. A circle's
+        area and the number above it show how many directions stayed so long.
     """
     ax = _axes(ax)
     runs = layer_runs(run)
@@ -163,10 +165,28 @@ def plot_lifetimes(run, *, total_steps=None, ax=None):
             "No pair started along a direction in this run: there are no "
             f"lifetimes to show. Received: {len(runs)} layers"
         )
-    kinds = sorted(lifetimes)
-    ax.boxplot([lifetimes[kind] for kind in kinds], orientation="horizontal")
-    ax.set_yticks(range(1, len(kinds) + 1), kinds)
+    # Recompositions are an interval apart, give or take a step.
+    grouped = {
+        kind: _grouped(steps, total / 50) for kind, steps in lifetimes.items()
+    }
+    most = max(counts.max() for _, counts in grouped.values())
+    for row, (steps, counts) in enumerate(grouped.values()):
+        areas = 400 * counts / most
+        ax.scatter(steps, np.full(len(steps), row), areas, "C0", alpha=0.6)
+        for step, count, area in zip(steps, counts, areas):
+            ax.annotate(
+                str(count),
+                (step, row),
+                (0, np.sqrt(area) / 2 + 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize="x-small",
+            )
+    ax.set_yticks(range(len(grouped)), grouped)
+    ax.set_ylim(len(grouped) - 0.5, -0.6)
+    ax.set_xlim(0, 1.03 * total)
     ax.set_xlabel("steps that a direction stays active")
+    ax.set_title("above a circle: how many directions", fontsize="medium")
     return ax
 
 
@@ -190,8 +210,8 @@ def plot_spectrum(runs, *, layer=None, ax=None):
         chosen = _choose(layer_runs(run), layer)
         _, values, _ = thin_svd(*chosen.update())
         ax.semilogy(np.arange(1, len(values) + 1), values, "o-", label=label)
-    ax.set_xlabel("singular value of the update")
-    ax.set_ylabel("size")
+    ax.set_xlabel("number of the singular value, the largest first")
+    ax.set_ylabel("singular value of the update")
     ax.set_title(chosen.path, fontsize="medium")
     if any(label is not None for label in runs):
         ax.legend(frameon=False)
@@ -236,7 +256,10 @@ def plot_importance(events, *, layer=None, ax=None):
         ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel("importance")
-    ax.set_title(f"{path}, a line for each slot, x: fused", fontsize="medium")
+    ax.set_title(
+        f"{path}\na line for each slot, a cross where its pair is fused",
+        fontsize="medium",
+    )
     return ax
 
 
@@ -311,6 +334,20 @@ def _choose(runs, layer):
             f"{[x.path for x in runs[:3]]}"
         )
     return found[0]
+
+
+def _grouped(values, width):
+    """Means and sizes of groups of values, each at most `width` wide."""
+    groups: list[list] = []
+    for value in sorted(values):
+        if groups and value - groups[-1][0] <= width:
+            groups[-1].append(value)
+        else:
+            groups.append([value])
+    return (
+        np.array([np.mean(group) for group in groups]),
+        np.array([len(group) for group in groups]),
+    )
 
 
 def _length(run, runs):

@@ -4,8 +4,8 @@
     python -m benchmarks.speed.run --backends jax --figures step memory --again
 
 Each figure on each backend is one process, and one file of
-`benchmarks/results/speed`; what is there is not measured again. Then `report`
-writes the tables and pictures.
+`benchmarks/results/speed`; figures that are there are not measured again. Then
+`report` writes the tables and pictures.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FIGURES = (
 
 
 def main():
-    """Runs what is missing."""
+    """Runs the missing figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     parser.add_argument("--figures", nargs="+", default=FIGURES)

@@ -14,7 +14,7 @@ from keras_srlora.layers.record import Record
 
 
 class Part(NamedTuple):
-    """An adapter in one layer, as far as a sum needs to know it.
+    """An adapter in one layer, for a sum.
 
     Attributes:
         a: array of shape `(k, in)`.
@@ -42,9 +42,8 @@ def part_of(a, b, scale, record) -> Part:
 def combined(layer, parts, weights):
     """The weighted sum of whole updates, as factors and record of one layer.
 
-    The largest pairs become the factors, at the scale that the layer has. What
-    they have no room for goes into the frozen kernel as if it had been fused
-    there, and takes up directions.
+    The largest pairs become the factors, at the scale that the layer has. The
+    others go into the frozen kernel as fused pairs, and take up directions.
 
     Args:
         layer: an SRLoRA layer.
@@ -111,7 +110,7 @@ def untouched(record, rank):
 
 
 def with_fused(record, rank, fused_a, fused_b):
-    """A record with pairs that were fused, and nothing else that happened."""
+    """A record of fused pairs, and of nothing else."""
     found = record.directions
     # Those that an adapter file left out are of no use.
     missing = np.flatnonzero(~found.left.any(axis=1))

@@ -16,13 +16,13 @@ from keras_srlora.layers.switched_off import switch_on
 
 @contextlib.contextmanager
 def adapter_disabled(model: keras.Model):
-    """Inside the `with` block the SRLoRA layers compute what they did before.
+    """Inside the `with` block the SRLoRA layers are the pretrained ones.
 
     Their kernels are the pretrained ones, to rounding, and their low-rank part
-    is zero; afterwards, also after an exception, everything is put back to the
-    bit. Other trained variables (a head, biases) are left as they are; where
-    some of these have a pretrained value, a warning names them. Blocks may be
-    nested.
+    is zero. Afterwards, also after an exception, every variable has its old
+    value, bit for bit. Other trained variables (a head, biases) are left as
+    they are; where some of these have a pretrained value, a warning names them.
+    Blocks may be nested.
 
     For inference: training, merging, loading or exporting an adapter inside
     raises `ValueError`. A file that is saved inside holds the pretrained model.

@@ -30,7 +30,7 @@ from keras_srlora.layers.paths import layer_paths
 
 
 class Export(NamedTuple):
-    """What an exported adapter is.
+    """Rank, layers and error of an exported adapter.
 
     Attributes:
         rank: int. Rank of the exported LoRA.
@@ -51,7 +51,7 @@ def export_lora(
 ) -> Export:
     """Writes a backbone's adapter as KerasHub's own LoRA weights.
 
-    Whatever the run fused and restarted, the total update of a kernel is a
+    However often pairs were fused, the total update of a kernel is a
     product of two factors, of rank `2 · target_rank` at most; KerasHub reads
     factors of one rank for all layers. Its LoRA of an `EinsumDense` layer
     unfolds the last axis of the kernel against the rest, so that there the rank
@@ -86,8 +86,8 @@ def export_lora(
     """
     if not str(filepath).endswith(".lora.h5"):
         raise ValueError(
-            "The name of the file must end in `.lora.h5`, as KerasHub wants "
-            f"it. Received: filepath={str(filepath)!r}"
+            "The name of the file must end in `.lora.h5`, which KerasHub "
+            f"requires. Received: filepath={str(filepath)!r}"
         )
     rank = _check_rank(rank)
     adapted = srlora_layers(backbone)
@@ -138,7 +138,7 @@ def export_peft(
     ```
 
     BERT and ViT backbones of KerasHub are known (the latter under the names of
-    transformers 5); for another model say which module each layer is.
+    transformers 5); for another model pass the module of each layer.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -282,7 +282,7 @@ def _refuse_tables(layers):
 
 
 def _factor_names(layer):
-    """What PEFT calls the two factors of a layer."""
+    """PEFT's names of the two factors of a layer."""
     if isinstance(layer, SRLoRAEmbedding):
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"

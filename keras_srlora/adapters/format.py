@@ -1,4 +1,4 @@
-"""What an adapter file holds of each layer, and whether it fits a model."""
+"""The contents of an adapter file, and whether they fit a model."""
 
 from typing import Any
 
@@ -42,8 +42,8 @@ DESCRIPTION = {
     "recipe": dict,
     "fingerprint": list,
 }
-# Fields that are written where they are not what they are here, so that other
-# files can be read by versions that do not know them.
+# Fields that are written only where they differ from these values, so that
+# older versions can read all other files.
 ADDED = {"use_rslora": False, "modules_to_save": []}
 TYPES: dict[str, Any] = {
     **DESCRIPTION,
@@ -103,7 +103,7 @@ def record_of(arrays):
         rows = np.zeros((count, arrays[name].shape[1]), arrays[name].dtype)
         rows[kept] = arrays[name]
         arrays[name] = rows
-    # What was not kept is a direction of length zero.
+    # A direction that was not kept has length zero.
     values = np.zeros(count, arrays["singular_values"].dtype)
     values[kept] = arrays["singular_values"][kept]
     arrays["singular_values"] = values
@@ -111,7 +111,7 @@ def record_of(arrays):
 
 
 def describe(layer):
-    """What the metadata say of a layer."""
+    """The metadata of a layer."""
     added = {
         "use_rslora": layer.use_rslora,
         "modules_to_save": list(layer.modules_to_save),
@@ -138,7 +138,7 @@ def arguments_of(saved):
         "decomposition": "auto",
     }
     for name in ADDED:
-        # `convert_plain` fills in what is as it is by default.
+        # `convert_plain` fills in defaults.
         if not arguments[name]:
             del arguments[name]
     return arguments
@@ -156,7 +156,7 @@ def adapter_arguments(saved):
 
 
 def open_adapter(filepath):
-    """What an adapter file holds of each layer, whatever model it is for.
+    """Each layer of an adapter file, for any model.
 
     Returns:
         List of `(description, arrays, record, scale)`.
@@ -217,7 +217,10 @@ def read_checked(model, filepath, any_rank=False):
 
 
 def _descriptions(metadata, filepath):
-    """What a file says of its layers; its checksum is no proof of sense."""
+    """The checked descriptions of a file's layers.
+
+    A file with a right checksum may make no sense.
+    """
 
     def refuse(what):
         raise ValueError(
@@ -352,7 +355,7 @@ def _check_arrays(kernel_shape, saved, arrays, file):
             if array is not None:
                 received = f"{array.dtype} of shape {array.shape}"
             raise ValueError(
-                f"{file!r} does not hold what its metadata say: `{name}` of "
+                f"{file!r} does not fit its own metadata: `{name}` of "
                 f"layer {saved['path']!r} must be finite numbers of shape "
                 f"{shape}. Received: {received}"
             )
@@ -361,7 +364,7 @@ def _check_arrays(kernel_shape, saved, arrays, file):
         indices = np.append(arrays[name], lowest)
         if not lowest <= indices.min() <= indices.max() < saved["target_rank"]:
             raise ValueError(
-                f"{file!r} does not hold what its metadata say: `{name}` of "
+                f"{file!r} does not fit its own metadata: `{name}` of "
                 f"layer {saved['path']!r} names directions that do not exist."
             )
 

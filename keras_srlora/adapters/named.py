@@ -35,19 +35,19 @@ def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
     """Gives a model another adapter, which is current from then on.
 
     The one that was current is kept on the host under its name, `"default"` at
-    first, with the values of what else is trained (a head, biases,
+    first, with the values of the other trained variables (a head, biases,
     `modules_to_save`); `set_adapter` brings it back. Training, saving,
     exporting and merging act on the current one.
 
-    A fresh adapter computes what the pretrained kernels do; what else is
-    trained goes on from the values that it has.
+    A fresh adapter computes the same as the pretrained kernels. The other
+    trained variables keep their values.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
         name: str. The name of the new adapter.
-        filepath: path of a file that `save_adapter` wrote. Where its rank is
-            another one than that of a layer, the update is the same, and goes
-            on to be trained with as many pairs as the layer has. Defaults to
+        filepath: path of a file that `save_adapter` wrote. Where its
+            rank is another one than that of a layer, the update is the same,
+            and trains on with as many pairs as the layer has. Defaults to
             `None`: a fresh adapter.
 
     Returns:
@@ -142,7 +142,7 @@ def delete_adapter(model: keras.Model, name: str) -> None:
     if name == adapters.current:
         raise ValueError(
             f"Adapter {name!r} is current: call `set_adapter(model, ...)` with "
-            "another one first, or `unload_srlora(model)` to be rid of all. "
+            "another one first, or `unload_srlora(model)` to drop all. "
             f"Received: name={name!r} of {adapters.names}"
         )
     del adapters.waiting[name]
@@ -154,10 +154,10 @@ def combine_adapters(
 ) -> str:
     """Adds the weighted sum of adapters as a new one, which is then current.
 
-    Each kernel gets the weighted sum of the whole updates, whatever was fused
-    and restarted, exactly: the largest pairs become the factors, the others go
-    into the frozen kernel as fused pairs, of which there is room for
-    `target_rank`. What else is trained keeps its values.
+    Each kernel gets the exact weighted sum of the whole updates, fused pairs
+    included. The largest pairs become the factors. The others go into the
+    frozen kernel as fused pairs, of which there is room for `target_rank`. The
+    other trained variables keep their values.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.

@@ -15,7 +15,7 @@ def find_by_path(path, by_path, what, filepath):
 
 
 def _explain_names(path, by_path):
-    """What to do where a path is missing, or is there several times."""
+    """The remedy where a path is missing, or occurs several times."""
     counted = _without_numbers(path)
     near = [p for p in by_path if p and _without_numbers(p) == counted]
     if path in by_path or not near:
@@ -27,12 +27,12 @@ def _explain_names(path, by_path):
         "These are automatic names, which Keras counts up within a process: a "
         "model that is built again, in the same notebook for example, has "
         "others. Call `keras.utils.clear_session()` before the model is built, "
-        "each time, or give its layers names of their own, as in "
+        "each time, or name its layers, as in "
         '`Dense(8, name="projection")`. '
         f"Received: a model with {near[:3]}"
     )
 
 
 def _without_numbers(path):
-    """Without what Keras appends to the names that it makes."""
+    """Without the number that Keras appends to automatic names."""
     return re.sub(r"_\d+(?=/|$)", "", path)

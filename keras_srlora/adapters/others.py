@@ -1,4 +1,4 @@
-"""What is trained beside the factors: a head, biases, whole layers."""
+"""Variables that train beside the factors: a head, biases, whole layers."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def warn_of_trained(model, layers, what, stacklevel=3) -> None:
     Args:
         model: a `keras.Model`.
         layers: list of its SRLoRA layers.
-        what: str. What becomes of them: `"are left as they are"`.
+        what: str. Their fate, such as `"are left as they are"`.
         stacklevel: int, as in `warnings.warn`.
     """
     found = [v.path for v in trained_beside(model, layers)]
     if found:
         warnings.warn(
             f"{len(found)} trained variables of the pretrained part that are "
-            f"no SRLoRA factors {what}: {found[:4]}. The model computes what "
-            "it did before training only if they did not change.",
+            f"no SRLoRA factors {what}: {found[:4]}. Only if they did not "
+            "change does the model compute the same as before training.",
             stacklevel=stacklevel,
         )
 

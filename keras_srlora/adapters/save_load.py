@@ -42,26 +42,26 @@ from keras_srlora.version import __version__
 def save_adapter(
     model: keras.Model, filepath, include_trainable: bool = False
 ) -> None:
-    """Writes what SRLoRA learnt, without the pretrained kernels.
+    """Writes the adapter, without the pretrained kernels.
 
     The file (safetensors) holds for each layer, by its path, the factors, the
     pairs that were fused, the directions that are unused or were subtracted,
     and the record: at most `2 · target_rank` pairs a kernel however many
-    recompositions there were. Its metadata say what it fits: paths, equations,
-    shapes, rank, `target_rank`, `lora_alpha`, recipe, and a fingerprint of each
-    pretrained kernel. It is written whole or not at all.
+    recompositions there were. Its metadata describe the model: paths,
+    equations, shapes, rank, `target_rank`, `lora_alpha`, recipe, and a
+    fingerprint of each pretrained kernel. It is written whole or not at all.
 
     Of several adapters (`add_adapter`) the current one is written. Layers whose
-    kernels were not decomposed compute what they did before and are left out,
-    as long as others were.
+    kernels were not decomposed have learnt nothing and are left out, as long as
+    others were.
 
     Args:
         model: a `keras.Model` with SRLoRA layers whose kernels were decomposed.
         filepath: path of the file, such as `"film_reviews.safetensors"`.
         include_trainable: bool. Whether the other trainable variables (a head,
             biases, norms) are written too. Those of `modules_to_save` always
-            are. Defaults to `False`: where there are others, a warning says
-            which were left out.
+            are. Defaults to `False`: a warning names those that were left
+            out.
 
     Raises:
         ValueError: if there is no SRLoRA layer, none was decomposed yet, one
@@ -115,8 +115,8 @@ def load_adapter(model: keras.Model, filepath) -> list:
 
     The layers that the file names are converted where they are plain ones, as
     `enable_srlora` does; training can go on from there. An adapter that the
-    model has is replaced: SRLoRA layers that the file does not name compute
-    what they did before SRLoRA. Everything is checked before anything is
+    model has is replaced: SRLoRA layers that the file does not name are
+    pretrained ones again. Everything is checked before anything is
     changed.
 
     Args:
@@ -185,7 +185,7 @@ def put_on(model, plans, others):
         model,
         [layer for layer, _ in plain],
         [file_format.arguments_of(saved) for _, saved in plain],
-        # What was trained there is trained on here.
+        # Variables that trained there train on here.
         trained=[variable for variable, _ in others],
     )
     named = [layer for layer, _, _ in plans]
@@ -209,7 +209,7 @@ def put_on(model, plans, others):
 
 
 def _at_rank_of(layer, saved, arrays):
-    """What a file holds of a layer, with as many pairs as the layer has.
+    """The adapter of a file, with as many pairs as the layer has.
 
     Raises:
         ValueError: if there is no room for the update.

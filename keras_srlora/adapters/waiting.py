@@ -34,7 +34,7 @@ ARGUMENTS = (
 
 
 class LayerState(NamedTuple):
-    """What one adapter is in one layer.
+    """One adapter in one layer.
 
     Attributes:
         layer: the SRLoRA layer.
@@ -57,19 +57,19 @@ class LayerState(NamedTuple):
     pretrained: list
 
     def part(self) -> Part:
-        """What a weighted sum needs to know of it."""
+        """Its `Part` of a weighted sum."""
         return part_of(self.a, self.b, self.scale, self.record)
 
 
 @dataclasses.dataclass
 class Adapter:
-    """One adapter: what it is in each layer, and what was trained beside it."""
+    """One adapter: its part in each layer, and the other trained values."""
 
     layers: list[LayerState]
     variables: list[tuple]
 
     def state_of(self, layer) -> LayerState | None:
-        """What it is in one layer; `None` where it has no part in it."""
+        """Its part in one layer, or `None`."""
         return next((x for x in self.layers if x.layer is layer), None)
 
 
@@ -160,8 +160,8 @@ def find_adapters(model) -> Adapters:
     }
     if len(found) > 1:
         raise ValueError(
-            "Parts of the model have named adapters of their own, so that it "
-            "is not clear which ones are meant: pass one of those parts. "
+            "Parts of the model have named adapters of their own, and it "
+            "is not clear which ones are meant. Pass one of those parts. "
             f"Received: model {model.name!r} with "
             f"{[x.names for x in found.values()]}"
         )

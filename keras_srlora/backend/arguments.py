@@ -1,4 +1,4 @@
-"""Checks of arguments, with errors that say what was received."""
+"""Checks of arguments, whose errors show the value received."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def check_count(name: str, value: Any, what: str, optional: bool = False):
 
     Args:
         name: of the argument.
-        value: what was received.
+        value: the argument.
         what: what it counts, such as `"steps"`.
         optional: whether `None` may be passed.
     """
@@ -51,7 +51,7 @@ def check_choice(name, value, choices):
 
 
 def check_fraction(name, value, low_open, high_open):
-    """Returns a number from 0 to 1 (ends open as said) as a `float`."""
+    """Returns a number from 0 to 1, but for an open end, as a `float`."""
     number = is_number(value)
     above = number and (value > 0 if low_open else value >= 0)
     below = number and (value < 1 if high_open else value <= 1)
@@ -69,8 +69,8 @@ def check_paths(paths, what):
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise ValueError(
-            f"Several {what} have the same path, which is what a file knows "
-            f"them by: give them different names. Received: {twice[:4]}"
+            f"Several {what} have the same path, by which a file finds "
+            f"them. Give them different names. Received: {twice[:4]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What many devices need: all of them must take the same decision.
+"""Work on many devices, which must all take the same decision.
 
 The engines are Keras's and the backends' own. Each function does nothing where
 there is one device, and imports no backend but the one in use.
@@ -44,7 +44,7 @@ def sum_over_replicas(tensors):
 def assign_on_replicas(variables, values):
     """Assigns to variables of which each replica has computed the same value.
 
-    `variable.assign` would want to know how to bring different ones together.
+    `variable.assign` would ask how to reduce different values to one.
 
     Raises:
         ValueError: if they were made outside of the strategy's scope.
@@ -178,16 +178,16 @@ def _sharding(kernel):
 
 
 # PyTorch: the processes of `torch.distributed`, each with a model of its own.
-# Keras has no engine for them, so that averaging gradients is the user's part,
-# and that all do the same has to be seen to.
+# Keras has no engine for them: the user averages the gradients, and the
+# functions below check that all processes do the same.
 
-# As a part of the largest number. What different processors round differently
-# is far below it, the gradients of different examples are far above.
+# As a part of the largest number. Rounding on different processors is far
+# below it, gradients of different examples are far above.
 AGREEMENT = 1e-3
 
 
 def gather(values):
-    """What each process of the run has; a list, the same in each process."""
+    """Gathers an object of each process into a list, in each process."""
     if process_count() == 1:
         return [values]
     import torch
@@ -198,12 +198,12 @@ def gather(values):
 
 
 def agree(arrays, names, reason):
-    """Returns the arrays of the first process, after a look at the others'.
+    """Returns the arrays of the first process, once the others' agree.
 
     Args:
         arrays: list of arrays.
-        names: list of strings, what the arrays belong to.
-        reason: str. What makes processes differ, and what to do.
+        names: list of strings, the layers of the arrays.
+        reason: str. Why processes differ, and the remedy.
 
     Raises:
         RuntimeError: in each process, if they differ by more than rounding.

@@ -1,4 +1,4 @@
-"""Functions that were compiled before a layer changed, and read it still.
+"""Finds and drops functions that were compiled before a layer changed.
 
 TensorFlow and JAX keep what they traced; a change that only Python sees (a
 class, an attribute, another variable) does not reach it. Private API of Keras,
@@ -37,9 +37,9 @@ def drop_compiled_functions(model):
     """Makes the model trace its functions anew the next time.
 
     `Model.compile` sets the same three attributes to `None`. Their names are
-    public (`Model.train_function`), setting them is not documented. A subclass
-    that compiles more, as KerasHub's `generate`, makes it alike: what
-    `make_generate_function` returns is kept as `generate_function`.
+    public (`Model.train_function`), setting them is not documented. Subclasses
+    follow the same pattern: KerasHub keeps the result of
+    `make_generate_function` as `generate_function`.
     """
     for name in list(vars(model)):
         if name.endswith("_function") and hasattr(model, f"make_{name}"):

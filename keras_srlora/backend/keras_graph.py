@@ -25,7 +25,7 @@ class Graph:
     outputs: list[int]
 
     def after(self, starts, without=None) -> set[int]:
-        """The calls that some calls, or what comes after them, lead to.
+        """The calls downstream of some calls.
 
         Args:
             starts: indices of calls; not part of the result by themselves.

@@ -1,8 +1,8 @@
 """Building an optimizer a second time. Private API of Keras's optimizers.
 
 Beside `keras_private`, for the same reasons. Keras has no way to build an
-optimizer for other variables, and making it anew from its config loses what a
-config does not hold: schedules and arguments of the user's classes.
+optimizer for other variables. A new one from its config would lose schedules
+and arguments of the user's classes, which a config does not hold.
 """
 
 
@@ -18,8 +18,8 @@ def trains_exactly(optimizer, variables) -> bool:
 def build_again(optimizer, variables):
     """Builds a built optimizer for other variables, in place, at step 0.
 
-    Its settings, its schedule and what a subclass keeps stay; the state of the
-    old variables goes. If it raises, the optimizer is as before. Private:
+    Its settings, its schedule and attributes of a subclass stay; the state of
+    the old variables goes. If it raises, the optimizer is as before. Private:
     `Optimizer._variables`, `_tracker`, `_iterations`,
     `_trainable_variables_indices`.
     """
@@ -50,7 +50,7 @@ def build_again(optimizer, variables):
 
 def _set_variables(optimizer, variables):
     # As in `Optimizer.__init__`, where the list is made before the tracker: it
-    # would be tracked itself. A new one: TensorFlow counts what is removed.
+    # would be tracked itself. A new list, because TensorFlow counts removals.
     tracker = vars(optimizer).pop("_tracker")
     optimizer._variables = list(variables)
     optimizer._tracker = tracker

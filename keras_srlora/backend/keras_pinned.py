@@ -3,7 +3,7 @@
 A Keras layer has two lists of variables, by how they were *made*: trainable
 ones and others. `layer.trainable = ...` sets the flags of the first list, and
 `layer.variables`, hence a weights file, is the first list and then the second.
-What is pinned here is in the second list and keeps its place in the order.
+A pinned variable moves to the second list and keeps its place in the order.
 `tests/backend/test_keras_private.py` fails when Keras changes this.
 """
 
@@ -14,7 +14,7 @@ class _InOrder(list):
     Attributes:
         order: list of all variables, as before.
         pinned: list of those that are pinned.
-        before: set of ids: what was trainable before, layer and variables.
+        before: set of the ids of layer and variables that were trainable.
     """
 
     def __init__(self, variables, order, pinned, before):
@@ -89,7 +89,7 @@ def unpin(layer):
 
 
 def set_own_trainable(layer, trainable):
-    """Sets the flag of a layer alone, not of what is inside of it.
+    """Sets the flag of a layer alone, not of its sublayers.
 
     Private: `Layer._trainable`.
     """
@@ -97,7 +97,7 @@ def set_own_trainable(layer, trainable):
 
 
 def set_trainable(layer, trainable):
-    """Sets the flags of a layer and of all that is inside of it.
+    """Sets the flags of a layer and of all its sublayers.
 
     `layer.trainable = ...` does nothing on TensorFlow where the outermost one
     has that value already.

@@ -1,6 +1,6 @@
 """The one module that touches private Keras API.
 
-Each function says what it needs and why no public way does it.
+Each function names the private API that it needs, and why.
 `tests/backend/test_keras_private.py` fails when Keras changes one of them.
 """
 
@@ -40,7 +40,7 @@ def unique_name(class_name):
 def automatic_name(layer):
     """The name that Keras gives a layer without one, or `None`.
 
-    `"bert_backbone"` where the layer's is that or `"bert_backbone_2"`, say.
+    For example `"bert_backbone"` for a layer `"bert_backbone_2"`.
     Keras's own function, `keras.src.utils.naming.to_snake_case`, is private.
     """
     name = re.sub(r"\W+", "", type(layer).__name__)
@@ -75,7 +75,7 @@ def classes_named_as(names):
 
     Keras names the groups of a weights file after the classes of the layers of
     a functional or sequential model (`saving_lib._load_container_state`), and
-    has no way to say otherwise.
+    has no argument for other names.
     """
     own = {cls: cls.__name__ for cls in names}
     try:
@@ -252,7 +252,7 @@ def replace_quantized_kernel(layer, kernel):
 def seed_states(model):
     """The states of all seed generators inside a model, in order.
 
-    `Layer.variables` has them, but does not say which they are. Private:
+    `Layer.variables` has them, among all others. Private:
     `Layer._seed_generators`.
     """
     return [
@@ -274,7 +274,7 @@ def loss_metric(model):
 def get_initial_epoch(model):
     """Epoch at which a restored `fit` begins, or `None`.
 
-    `BackupAndRestore` says it there. Private: `Trainer._initial_epoch`.
+    `BackupAndRestore` sets it. Private: `Trainer._initial_epoch`.
     """
     return model._initial_epoch
 
@@ -285,7 +285,7 @@ def set_initial_epoch(model, epoch):
 
 
 def micro_batches_seen(optimizer):
-    """Number of gradients the optimizer was given, as a variable.
+    """Number of gradients that the optimizer received, as a variable.
 
     `optimizer.iterations` divides by `gradient_accumulation_steps`, which
     loses the place inside an accumulation. Private: `Optimizer._iterations`.
@@ -347,7 +347,7 @@ def keep_training(model, kept):
 
 
 def get_kept_training(model):
-    """What `keep_training` kept, or `None`."""
+    """Returns the pair that `keep_training` kept, or `None`."""
     return vars(model).get("_srlora_training")
 
 
@@ -364,7 +364,7 @@ def refresh_torch_parameters(model):
 
 
 def builds_when_called(layer):
-    """Whether a layer has no `build` that makes what is inside of it.
+    """Whether a layer has no `build` that makes its sublayers.
 
     Keras then builds it by a symbolic call. A model is built from its config.
     Private: the mark that `keras.src.utils.python_utils.default` leaves.

@@ -1,4 +1,4 @@
-"""What Keras asks before it quantizes a layer or a model. Private API."""
+"""A check before Keras quantizes a layer or a model. Private API."""
 
 import functools
 
@@ -9,10 +9,10 @@ def ask_before_quantizing(check):
     """Lets `check(layer)` raise before Keras quantizes a layer or a model.
 
     `Model.quantize` quantizes one layer after the other and has no hook: where
-    one of them refuses, those before it are quantized already. A model of
-    Keras's own class cannot refuse by itself, nor is it told what it holds. So
-    what every layer and model asks first is replaced by a function that asks
-    `check` before. Private: `Layer._check_quantize_args`.
+    one of them refuses, those before it are quantized already, and a model of
+    Keras's own class has no override that could refuse first. So this replaces
+    the check that every layer and model makes at the beginning. Private:
+    `Layer._check_quantize_args`.
     """
     of_keras = keras.Layer._check_quantize_args
 

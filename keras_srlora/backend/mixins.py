@@ -9,4 +9,4 @@ if TYPE_CHECKING:
 else:
 
     class KerasMixin:
-        """Nothing of its own: the Keras class comes next in the order."""
+        """Adds nothing: the Keras class comes next in the order."""

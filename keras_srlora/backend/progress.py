@@ -5,7 +5,7 @@ import time
 
 import keras
 
-# Seconds after which somebody wonders.
+# Seconds after which a user wants to see progress.
 PATIENCE = 2.0
 
 
@@ -28,7 +28,7 @@ class Progress:
         )
 
     def update(self, done):
-        """Says how many kernels are done."""
+        """Shows how many kernels are done."""
         if self._waits and time.monotonic() - self._begun > PATIENCE:
             self._bar.verbose = 1
         self._bar.update(done)

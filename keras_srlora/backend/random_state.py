@@ -1,4 +1,4 @@
-"""Where the random generators of a model are, so that dropout goes on too.
+"""States of a model's random generators, so that dropout resumes too.
 
 Keras saves no state of a seed generator, and on torch its dropout draws from
 torch's own generators.

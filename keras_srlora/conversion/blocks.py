@@ -3,7 +3,7 @@
 Projections are `Dense` and `EinsumDense` layers. Blocks are layers that make
 projections inside of them: attention, or a transformer layer; a layer that is
 called a head, as KerasHub's `MaskedLMHead`, is none. Where a model has blocks,
-they are its pretrained part and what comes behind them is the head; where it
+they are its pretrained part and the layers behind them are the head; where it
 has none, its last layer with a kernel is the head.
 """
 
@@ -107,7 +107,7 @@ def _models_at_the_surface(model):
 
 
 def _at_the_surface(models):
-    """Ids of the layers of some models, and of what wrappers and heads hold."""
+    """Ids of the layers of some models, of wrappers and of heads."""
     found = [layer for part in models for layer in part.layers]
     for layer in found:
         if isinstance(layer, keras.layers.Wrapper) or _is_head(layer):
@@ -119,8 +119,8 @@ def _between_attention(model, blocks, has_head):
     """Ids of projections in blocks that are spread over a model.
 
     A model may have attention as its layers, and the rest of its blocks beside
-    it. What comes behind the last attention is of a block where it is bypassed
-    by a residual connection; a head is not.
+    it. A layer behind the last attention belongs to a block where a residual
+    connection bypasses it; a head is not bypassed.
     """
     graph = read_graph(model)
     if graph is None:
@@ -163,9 +163,9 @@ def _between_attention_by_order(model, blocks, has_head):
 
 
 def _last_kernels(model):
-    """Ids of the layers that make a model's outputs, if it says which.
+    """Ids of the layers that make a model's outputs, if its graph shows them.
 
-    What has no kernel (an activation, a norm) is passed by on the way.
+    Layers without a kernel (an activation, a norm) are passed by on the way.
     """
     graph = read_graph(model)
     if graph is None:
@@ -187,7 +187,7 @@ def _last_kernels(model):
 
 
 def _head_by_order(model, pretrained):
-    """Of a subclassed model, which does not say what follows on what."""
+    """Of a subclassed model, which has no graph of its calls."""
     holding = [
         i
         for i, layer in enumerate(model.layers)
@@ -208,7 +208,7 @@ def _is_attention(layer):
 
 
 def _is_head(layer):
-    # As KerasHub and its users call them; it is nowhere else to be read.
+    # KerasHub and its users call them so; no other mark exists.
     name = type(layer).__name__
     return name.endswith("Head") and "Attention" not in name
 

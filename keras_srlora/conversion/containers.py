@@ -1,10 +1,9 @@
-"""What `enable_srlora` makes of plain layers, and of what they are inside of.
+"""Converting layers, and the containers that hold them, for `.keras` files.
 
-A `.keras` file says how each layer of a functional or sequential model is made,
-so that an SRLoRA layer is made again as one. A composite layer or a KerasHub
-backbone makes what is inside of it by itself, of plain layers. While it holds
-converted ones it is a `Converted`: its part of the file then says which, and
-what is frozen.
+A `.keras` file has the config of each layer of a functional or sequential
+model, so an SRLoRA layer is made again as one. A composite layer or a KerasHub
+backbone makes its sublayers itself, as plain layers. While it holds converted
+ones it is a `Converted`: its config then lists them, and the frozen variables.
 """
 
 import functools
@@ -47,7 +46,7 @@ def convert_layers(containers, layers, arguments):
 
 
 def restore_plain_classes(containers, layers):
-    """Makes merged layers, and what they are inside of, plain again."""
+    """Makes merged layers, and their containers, plain again."""
     for layer in layers:
         layer.__class__ = PLAIN[type(layer)]
     for container in containers:
@@ -98,10 +97,10 @@ class Converted(KerasMixin):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Makes the plain object, and converts what is inside of it.
+        """Makes the plain object, and converts its sublayers.
 
-        A layer without a `build` makes what is inside of it when it is called:
-        it is converted then.
+        A layer without a `build` makes its sublayers when it is called: it is
+        converted then.
         """
         container = keras.saving.deserialize_keras_object(
             config["plain"], custom_objects=custom_objects
@@ -171,7 +170,7 @@ def _convert_as_saved(container, config):
             "it that it does not have now: the class is another one than at "
             "saving, or calling it does not build them. Make the "
             "model with its own code instead, from the pretrained weights, "
-            "and put onto it what `keras_srlora.save_adapter` wrote: "
+            "and load a file of `keras_srlora.save_adapter` into it: "
             "`keras_srlora.load_adapter(model, filepath)`. Received: "
             f"{missing} of the layers inside of a "
             f"{type(container).__name__}"
@@ -181,7 +180,7 @@ def _convert_as_saved(container, config):
         if isinstance(layer, Awaiting):
             layer.__dict__.pop(AWAITED)
             layer.__class__ = _converted_class(layer.plain_class)
-    # What is inside may have been saved as converted by itself.
+    # Sublayers may have been saved as converted themselves.
     convert_layers(
         layers,
         [layers[saved["place"]] for saved in config["adapted"]],

@@ -55,25 +55,28 @@ def enable_srlora(
     """Converts the projections of a built model to SRLoRA layers, in place.
 
     The layers keep their names, paths and places; their kernels are decomposed
-    now. Afterwards exactly these are trainable: the factors, whatever was
-    frozen before; the biases that `bias` names; the layers in
-    `modules_to_save`; and the head where there is one, unless it was frozen. Of
-    a KerasHub task the head is everything outside of its `backbone`; of another
-    model, what comes behind the last block with projections and is no block, or
-    without blocks the last layer with a kernel. A subclassed model is read by
-    the order of its attributes, with a warning that names what stays trainable
-    and what is frozen. `keras_srlora.print_trainable_parameters(model)` counts.
+    now. Afterwards exactly these are trainable:
 
-    What is frozen here stays so: `model.trainable = False` and then `True`
-    gives back what was trainable before. To train a pretrained layer whole,
-    name it in `modules_to_save`; `merge_srlora` and `unload_srlora` give back
-    what was trainable before.
+    - the factors, even of layers that were frozen before;
+    - the biases that `bias` names, and the layers in `modules_to_save`;
+    - the head where there is one, unless it was frozen.
+
+    The head of a KerasHub task is everything outside of its `backbone`. In
+    another model it is the layers behind the last block with projections that
+    are no blocks themselves; without blocks, the last layer with a kernel. A
+    subclassed model is read by the order of its attributes, with a warning that
+    names trainable and frozen layers. `print_trainable_parameters` counts.
+
+    Variables that are frozen here stay frozen when `model.trainable` is set to
+    `False` and to `True` again. To train a pretrained layer whole, name it in
+    `modules_to_save`. `merge_srlora` and `unload_srlora` thaw all that was
+    trainable before.
 
     Every model that holds one of the layers computes and trains the converted
     ones: its compiled functions are traced again, with TensorFlow every
     `tf.function` that reads the layers, too, and its optimizer, where it was
-    built, starts anew, at step 0. What is compiled for good is out of reach: a
-    concrete function, an exported model, a `jax.jit` function.
+    built, starts anew, at step 0. Out of reach are a concrete function, an
+    exported model and a `jax.jit` function, which are compiled for good.
 
     Args:
         model: a built `keras.Model`, e.g. a KerasHub backbone or task.
@@ -106,13 +109,13 @@ def enable_srlora(
         bias: which biases of the pretrained part are trained, as in PEFT:
             `"none"`, `"srlora_only"` (of the converted layers) or `"all"`
             (normalization layers' `beta`, too; a `.keras` file of a functional
-            model does not say which variables of a plain layer are frozen).
+            model does not store which variables of a plain layer are frozen).
         modules_to_save: list of strings, as in `target_layer_names`: layers
             that are trained whole, a new embedding for example, and that
             `save_adapter` always saves. Defaults to none.
         directions: path of a file, such as `"bert.directions.safetensors"`,
-            that keeps what was decomposed: what it holds of these kernels is
-            read instead of decomposed, to the bit, and the rest is added. The
+            that keeps the directions: those of these kernels are read from it,
+            bit-equal, and those that it lacks are computed and added. The
             package safetensors must be installed. Defaults to `None`.
         verbose: `"auto"`, 0 or 1: whether a progress bar is shown while kernels
             are decomposed; `"auto"`, on a terminal or in a notebook, where it

@@ -1,4 +1,4 @@
-"""What `enable_srlora` freezes: the pretrained part around the factors."""
+"""Freezing the pretrained part around the factors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from keras_srlora.layers.base import SRLoRALayer
 
 
 def freeze_base(model, targets, trained=(), modules=()):
-    """Freezes the pretrained part, all but the targets and what is named.
+    """Freezes the pretrained part, but for the targets and named parts.
 
-    What is frozen stays so where the model is frozen and thawed. What an
-    earlier call let train goes on, and so does the head; what the user froze of
-    it stays frozen.
+    Frozen variables stay so where the model is frozen and thawed. Variables
+    that an earlier call let train still train, and so does the head, but for
+    those of it that the user froze.
 
     Args:
         model: a built `keras.Model`.
@@ -66,11 +66,11 @@ def freeze_base(model, targets, trained=(), modules=()):
 
 
 def release(models):
-    """Thaws what `freeze_base` froze, but for what was frozen before or since.
+    """Undoes `freeze_base`, but for variables frozen before or since.
 
     Args:
         models: list of models; those in which SRLoRA layers are left stay as
-            they are, with all that is inside of them.
+            they are, with all their sublayers.
     """
     inner = {id(x): keras_private.flatten_layers(x) for x in models}
     busy = {
@@ -89,7 +89,7 @@ def release(models):
 
 
 def _thaw(layer, busy):
-    """Thaws what was trainable before, inside of what is trainable now."""
+    """Thaws variables that were trainable before, in layers that are now."""
     if id(layer) not in busy and keras_pinned.has_pins(layer):
         before = keras_pinned.trainable_before(layer)
         if id(layer) in before:
@@ -126,14 +126,14 @@ def pretrained_variables(model: keras.Model) -> list:
     everything = keras_private.flatten_layers(model)
     adapted = {id(x) for x in everything if isinstance(x, SRLoRALayer)}
     with warnings.catch_warnings():
-        # What is not sure was said at the conversion.
+        # The conversion has warned of unclear ones.
         warnings.simplefilter("ignore")
         parts = _base_parts(model, adapted)
     return [variable for part in parts for variable in part.variables]
 
 
 def _saved_paths(layers):
-    """What the SRLoRA layers among some layers name in `modules_to_save`."""
+    """The `modules_to_save` of the SRLoRA layers among some layers."""
     return {
         path: None
         for layer in layers
@@ -165,7 +165,7 @@ def trainable_flags(container) -> list:
 
 
 def set_trainable_flags(container, flags) -> None:
-    """Sets what `trainable_flags` returned."""
+    """Sets the flags of `trainable_flags`."""
     layers = keras_private.flatten_layers(container)
     # An outer layer comes first, and sets those inside of it.
     for layer, (flag, _) in zip(layers, flags):
@@ -184,7 +184,7 @@ def set_trainable_flags(container, flags) -> None:
 def _freeze(layer, trained):
     """Freezes the variables of a layer itself, for good.
 
-    What an earlier call let train is trained on.
+    Variables that an earlier call let train still train.
     """
     if keras_pinned.has_pins(layer):
         frozen = keras_pinned.pinned_variables(layer)
@@ -233,9 +233,9 @@ def _base_parts(model, targets):
 
 
 def _are_backbones(model, holding):
-    """Whether what holds the targets are models side by side.
+    """Whether the targets are in models side by side.
 
-    Those that follow each other are blocks; what is around backbones is new.
+    Models that follow each other are blocks; layers around backbones are new.
     """
     graph = read_graph(model)
     if graph is None or not holding:
@@ -255,15 +255,15 @@ def _is_backbone(model):
 
 
 def _warn_of_head(model, head, unclear):
-    """Names what stays trainable and what is frozen, where neither is sure."""
+    """Warns, and names trainable and frozen layers, where it is unclear."""
     frozen = [layer.name for layer in unclear]
     trained = [layer.name for layer in head]
     if read_graph(model) is not None:
         if frozen:
             warnings.warn(
                 f"Layers {frozen} of model {model.name!r} are neither in front "
-                "of the converted layers nor behind them, and are frozen as a "
-                "part of what was pretrained. Where one is new, pass its name "
+                "of the converted layers nor behind them, and are frozen as "
+                "pretrained ones. Where one is new, pass its name "
                 "in `modules_to_save`.",
                 stacklevel=6,
             )

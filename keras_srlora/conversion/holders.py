@@ -1,4 +1,4 @@
-"""What must follow where layers change: models, optimizers, functions.
+"""Models, optimizers and functions that follow a change of layers.
 
 A layer may be a part of many models, and each of them has compiled functions
 and an optimizer of its own.
@@ -16,7 +16,7 @@ from keras_srlora.backend import keras_private
 class Holders:
     """The models that hold some layers, and the functions that read them.
 
-    To be made before the layers change, and asked to follow afterwards.
+    Make it before the layers change, and call `follow` afterwards.
 
     Args:
         model: the model that was passed to the function that changes them.
@@ -44,7 +44,7 @@ class Holders:
         return list(everything.values())
 
     def follow(self):
-        """Lets the models compute and train what the layers are now.
+        """Lets the models compute and train the layers as they are now.
 
         Compiled functions are traced again. An optimizer that was built for
         other variables than those that its model trains now starts anew, at
@@ -67,7 +67,7 @@ class Holders:
 
 
 def _renew_optimizer(model):
-    """Returns what there is to warn of."""
+    """Returns a warning for each optimizer that could not follow."""
     optimizer = getattr(model, "optimizer", None)
     if not getattr(optimizer, "built", False):
         return []
@@ -85,7 +85,7 @@ def _renew_optimizer(model):
 
 
 def _without_wrapper(optimizer):
-    """Without what an interrupted run left in place; see `training.wrapping`.
+    """Removes the wrapper of an interrupted run; see `training.wrapping`.
 
     It scores the pairs of layers that are gone.
     """

@@ -1,4 +1,4 @@
-"""`merge_srlora`: SRLoRA layers to plain ones, with what they learnt."""
+"""`merge_srlora`: SRLoRA layers to plain ones, with their updates."""
 
 import keras
 
@@ -17,8 +17,8 @@ def merge_srlora(model: keras.Model) -> list:
     """Turns every SRLoRA layer back into a plain one, in place.
 
     The kernel becomes the effective kernel, so that the outputs stay; factors,
-    directions and record are dropped. What `enable_srlora` froze is trainable
-    again where it was before, kernel and bias of these layers in any case.
+    directions and record are dropped. Variables that `enable_srlora` froze are
+    trainable again, kernel and bias of these layers in any case.
     `unload_srlora` gives the pretrained kernels back instead.
 
     Other models that hold these layers follow: they compute the merged layers,

@@ -42,7 +42,7 @@ def find_targets(model, names, excluded=(), modules=()):
     kept = [layer for layer in targets if id(layer) not in left_out]
     if not kept:
         raise ValueError(
-            "What `exclude_layer_names` and `modules_to_save` name leaves "
+            "`exclude_layer_names` and `modules_to_save` leave "
             f"nothing of the {len(targets) or 'default'} layers to convert in "
             f"model {model.name!r}. Received: "
             f"exclude_layer_names={excluded!r}, "
@@ -238,8 +238,8 @@ def refuse_converted(layers):
 def refuse_shared_kernels(model, targets):
     """Raises where another layer holds the kernel variable of a target.
 
-    It would go on with the frozen kernel alone, and a kernel that it writes is
-    not what was decomposed.
+    It would read the frozen kernel alone, and a kernel that it writes is not
+    the one that was decomposed.
     """
     kernels = {id(keras_private.stored_kernel(x)): x for x in targets}
     for layer in keras_private.flatten_layers(model):

@@ -13,9 +13,9 @@ from keras_srlora.layers.requirements import check_finite_kernel
 def unload_srlora(model: keras.Model) -> list:
     """Turns every SRLoRA layer back into the plain pretrained one, in place.
 
-    As PEFT's `unload`: what the adapter learnt is dropped, and the kernels are
-    the pretrained ones again, to rounding; a quantized kernel stays quantized.
-    Other variables (a head, biases) keep what they learnt. Everything else is
+    As PEFT's `unload`: the adapter is dropped, and the kernels are the
+    pretrained ones again, to rounding; a quantized kernel stays quantized.
+    Other variables (a head, biases) keep their values. Everything else is
     as after `merge_srlora`, which keeps the adapter's update instead.
 
     Args:

@@ -1,8 +1,8 @@
 """Directions files: a kernel that was decomposed once is not decomposed again.
 
 A safetensors file of the singular directions of many kernels, by the paths of
-their layers, and what they were made of: how each kernel was decomposed, and
-its fingerprint.
+their layers, and how they were found: the method, and the fingerprint of each
+kernel.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ KIND = tensors_file.Kind(
     remedy="Copy it again, or delete it: it is then written anew.",
 )
 FOUND_BY = ("exact", "randomized")
-# What the order of float32 sums changes in a fingerprint, with room.
+# The order of float32 sums changes a fingerprint by less than this.
 ROUNDING = 1e-5
 
 
@@ -44,10 +44,10 @@ def open_directions(filepath, layers, paths):
 
 
 class DirectionsFile:
-    """Decomposes kernels, or reads what became of it the last time.
+    """Decomposes kernels, or reads the directions of an earlier run.
 
     To be used in a `with` block, at whose end the file is written, if a kernel
-    had to be decomposed. What the file holds of other layers stays in it.
+    had to be decomposed. Entries of other layers stay in the file.
 
     Args:
         filepath: path of the file, which need not exist.
@@ -111,7 +111,7 @@ class DirectionsFile:
                 warnings.warn(message, stacklevel=3)
 
     def _keep(self, tensors, entries):
-        """Writes the file; returns what there is to say about it."""
+        """Writes the file; returns a warning, if there is one."""
         try:
             _write(self._path, tensors, entries)
         except OSError as failure:
@@ -132,7 +132,7 @@ class DirectionsFile:
         )
 
     def _everything(self):
-        """What is in the file, and what was decomposed in its place."""
+        """Entries of the file, and those that were decomposed now."""
         entries = {
             **self._saved,
             **{path: entry for path, (entry, _) in self._new.items()},
@@ -149,7 +149,7 @@ class DirectionsFile:
 
 
 class _Entry(NamedTuple):
-    """What is known of the directions of a kernel, beside them.
+    """How the directions of a kernel were found.
 
     Attributes:
         method: `"exact"` or `"randomized"`; of those that are wanted, `"auto"`
@@ -214,8 +214,8 @@ def _read_entries(metadata, tensors, filepath):
         sense = False
     if not sense:
         raise ValueError(
-            f"The metadata of {str(filepath)!r} make no sense, or are not of "
-            f"what it holds. {KIND.remedy}"
+            f"The metadata of {str(filepath)!r} make no sense, or do not fit "
+            f"its arrays. {KIND.remedy}"
         )
     return entries
 

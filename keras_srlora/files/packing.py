@@ -1,7 +1,7 @@
 """Small states as arrays, for files that hold nothing but arrays.
 
-A state is written by field name, as JSON with a format number, so that a file
-says what it holds and one of another format is recognised.
+A state is written by field name, as JSON with its kind and a format number, so
+that another kind or format is recognised.
 """
 
 import json
@@ -13,7 +13,7 @@ def pack(state: dict, what: str, version: int) -> np.ndarray:
     """Writes a dict that JSON can hold into a uint8 array.
 
     Args:
-        state: the fields, by name. Floats come back equal to the last bit.
+        state: the fields, by name. Floats come back bit-equal.
         what: what it is the state of, such as `"run"`.
         version: format number, of `what`.
     """

@@ -17,13 +17,13 @@ from keras_srlora.files.atomic import written_whole
 
 
 class Kind(NamedTuple):
-    """What a file is, and what is said where it is something else.
+    """A kind of file, and the advice where a file is of another kind.
 
     Attributes:
         name: what it holds, such as `"adapter"`.
         version: int. The version that is written, and the one that is read.
         writer: who writes such files.
-        remedy: a sentence: what to do where one is damaged.
+        remedy: a sentence: the remedy for a damaged file.
     """
 
     name: str
@@ -130,7 +130,7 @@ def opened(path, kind):
             digest = _digest(tensors, text)
         if header.get("sha256") != digest:
             raise ValueError(
-                f"{str(path)!r} is damaged: what it holds does not give the "
+                f"{str(path)!r} is damaged: its contents do not give the "
                 f"checksum that was written with it. {kind.remedy}"
             )
         try:
@@ -159,7 +159,7 @@ def _check_kind(header, path, kind):
 
 @contextlib.contextmanager
 def _damaged(path, kind):
-    """Says what it means that safetensors cannot read a file."""
+    """Returns the error for a file that safetensors cannot read."""
     try:
         yield
     except OSError:

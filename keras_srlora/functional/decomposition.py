@@ -84,7 +84,7 @@ def decompose(matrix, count, method="auto"):
 
 
 def choose_method(shape, count, method):
-    """What `"auto"` stands for, given the matrix's shape."""
+    """The method that `"auto"` chooses for a matrix of this shape."""
     if method != "auto":
         return method
     small = 4 * (count + OVERSAMPLING) <= min(shape)

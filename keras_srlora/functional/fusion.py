@@ -16,8 +16,8 @@ def in_full(kernel, remainder=None):
 
     Args:
         kernel: tensor, or variable.
-        remainder: float32 array of its shape: what rounding to the kernel's
-            dtype cut off. `None`: nothing.
+        remainder: float32 array of its shape, the part that rounding to the
+            kernel's dtype cut off; or `None`.
     """
     full = ops.cast(kernel, full_dtype(kernel))
     if remainder is None:
@@ -46,7 +46,7 @@ def recompose_pairs(
     ```
 
     The effective kernel does not change (SRLoRA, arXiv 2505.12433, section 3).
-    The pairs that stay are equal to the bit. Shapes depend on nothing but the
+    The pairs that stay are bit-equal. Shapes depend on nothing but the
     layer, so that a compiled backend compiles once.
 
     Args:

@@ -9,7 +9,7 @@ from keras import ops
 
 
 def sensitivity(weight, gradient):
-    """`I = |w · g|`, elementwise, in float32: what removing `w` would cost.
+    """`I = |w · g|`, elementwise, in float32: the cost of removing `w`.
 
     Shapes: `weight` and `gradient` are equal; so is the result.
     """

@@ -1,1 +1,1 @@
-"""The SRLoRA layers, and what each of them remembers."""
+"""The SRLoRA layers, and the record of each."""

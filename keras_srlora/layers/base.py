@@ -1,9 +1,9 @@
-"""`SRLoRALayer`: what the SRLoRA layers share.
+"""`SRLoRALayer`: the base of the SRLoRA layers.
 
 A thin Keras object: arguments, variables, the step path, config and weights.
 Adding and removing factors is in `factors.py`; how a frozen kernel is stored in
-`frozen.py`; starting, fusing and restarting pairs in `pairs.py`; what a layer
-remembers in `record.py`.
+`frozen.py`; starting, fusing and restarting pairs in `pairs.py`; a layer's
+memory in `record.py`.
 """
 
 from keras import ops
@@ -32,19 +32,19 @@ from keras_srlora.recipes.definition import get_recipe
 class SRLoRALayer(RefusesQuantization):
     """Mixin before a Keras layer whose kernel is to be frozen and adapted.
 
-    The layer's variables: the kernel (frozen), two factors of shapes
-    `(rank, in)` and `(rank, out)` (trainable), and what else the plain layer
-    has. The first factor is the transpose of Keras's `(in, rank)`: a pair is a
-    row of either factor, and the backward product `hᵀ @ x` that gives it is
+    The layer's variables: the kernel (frozen), two factors of shapes `(rank,
+    in)` and `(rank, out)` (trainable), and the other variables of the plain
+    layer. The first factor is the transpose of Keras's `(in, rank)`: a pair is
+    a row of either factor, and the backward product `hᵀ @ x` that gives it is
     several times faster on a CPU than `xᵀ @ h`.
 
-    A subclass says how its kernel is a matrix (`read_plan`), and what its
-    forward pass computes where that is not `x @ kernel`.
+    A subclass defines how its kernel is a matrix (`read_plan`), and its forward
+    pass where that is not `x @ kernel`.
 
     Attributes:
-        record: `Record`, what the layer remembers on the host.
+        record: `Record`, the layer's memory on the host.
         frozen: `FloatKernel` or `QuantizedKernel`, how the kernel is stored.
-        companions: `Companions`, what trains and is saved with the layer.
+        companions: `Companions`, which train and are saved with the layer.
     """
 
     factor_names = "lora_kernel_a", "lora_kernel_b"
@@ -151,7 +151,7 @@ class SRLoRALayer(RefusesQuantization):
         return y
 
     def quantized_call(self, inputs, training=None):
-        """What Keras calls where the layer is quantized."""
+        """Keras calls it where the layer is quantized."""
         rows, arrange = contraction.as_rows(
             inputs, self.plan(len(inputs.shape))
         )
@@ -179,14 +179,14 @@ class SRLoRALayer(RefusesQuantization):
         return ops.add(y, arrange(low_rank))
 
     def _low_rank(self, rows):
-        """What is added to the product with the stored kernel."""
+        """The term that is added to the product with the stored kernel."""
         a, b = self.factors
         hidden = contraction.matmul(rows, ops.transpose(a))
         if self.scale != 1.0:
             hidden = ops.multiply(hidden, self.scale)
         return self.frozen.add_fused(rows, contraction.matmul(hidden, b))
 
-    # What a user reads.
+    # Properties for users.
 
     @property
     def scale(self) -> float:
@@ -237,7 +237,7 @@ class SRLoRALayer(RefusesQuantization):
     def initialize_factors(self):
         """Decomposes the kernel that the layer has now, and starts the pairs.
 
-        They start as the recipe says: as LoRA's, or with a part of the kernel
+        They start by the recipe: as LoRA's, or with a part of the kernel
         (PiSSA, arXiv 2404.02948). The layer's function does not change.
 
         Raises:
@@ -258,10 +258,10 @@ class SRLoRALayer(RefusesQuantization):
         return {**config, **self.get_arguments()}
 
     def get_arguments(self):
-        """What SRLoRA adds to the arguments of the plain layer, for JSON."""
+        """Arguments beside those of the plain layer, for JSON."""
         arguments = {name: getattr(self, name) for name in ARGUMENTS}
         arguments["modules_to_save"] = list(self.modules_to_save)
-        # Its choices, not its name: what a name stands for may change.
+        # Its choices, not its name, whose meaning may change.
         return {**arguments, "recipe": self.recipe.to_dict()}
 
     def set_weights(self, weights):

@@ -1,4 +1,4 @@
-"""What trains with a layer and is saved with it, beside its variables."""
+"""Parts that train and are saved with a layer, beside its variables."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ class Companions:
     """Parts that a run attaches to a layer, so that weights files hold them.
 
     A part is any object with `to_arrays()`, which returns `{name: array}`, and
-    `restore(arrays)`, which takes them back, or an empty dict: start anew. The
-    scores of a layer's pairs are one part; the state of the run, attached to
-    its first layer, is another. The layer knows neither.
+    `restore(arrays)`, which takes them back, or restarts from an empty dict.
+    The scores of a layer's pairs are one part; the state of the run, attached
+    to its first layer, is another. The layer knows neither.
 
-    What was loaded for a part that is not attached yet waits for it.
+    Arrays that are loaded for a part wait until it is attached.
 
     Attributes:
         adapters: the named adapters that the layer has a part in, or `None`.

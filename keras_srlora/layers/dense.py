@@ -19,18 +19,19 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
 
     `rank` pairs (a row of `a` with a row of `b`) are trained; a
     `RecompositionCallback` scores them while training, fuses some of them into
-    the kernel, as the recipe says, and restarts their slots along unused
+    the kernel, by the recipe, and restarts their slots along unused
     singular directions of the pretrained kernel.
 
     The kernel is decomposed **when training starts** (by the callback, or by
-    `initialize_factors`), not when the layer is built: whatever weights the
-    layer has by then, from an initializer, `set_weights`, `assign`, or a file
-    (`load_plain_weights` for one of the plain model), are the pretrained ones.
+    `initialize_factors`), not when the layer is built. The weights that the
+    layer has by then are the pretrained ones, be they from an initializer,
+    `set_weights`, `assign`, or a file (`load_plain_weights` for one of the
+    plain model).
     Weights that come later as the plain layer's, from a file or through
     `layer.set_weights`, are decomposed anew. Where a kernel was assigned
     directly, training refuses to start until `layer.initialize_factors()` was
     called again. Before the first decomposition `a` is random and `b` zero, as
-    in Keras's LoRA, so that the layer computes what its kernel says.
+    in Keras's LoRA, so the layer computes the same as a plain one.
 
     Args:
         units: Positive integer, as in `keras.layers.Dense`, like every other

@@ -32,8 +32,7 @@ class SRLoRAEinsumDense(SRLoRALayer, keras.layers.EinsumDense):
             `"auto"`.
         train_bias: Bool. Whether the bias is trained. Defaults to `True`.
 
-    `SRLoRADense` says more about each of them and when the kernel is
-    decomposed.
+    `SRLoRADense` describes them in full, and when the kernel is decomposed.
 
     Raises:
         ValueError: on building, for an equation that is not one contraction

@@ -37,7 +37,7 @@ class SRLoRAEmbedding(SRLoRALayer, keras.layers.Embedding):
         decomposition: `"exact"`, `"randomized"` or `"auto"`. Defaults to
             `"auto"`.
 
-    `SRLoRADense` says more about each of them and when the table is decomposed.
+    `SRLoRADense` describes them in full, and when the table is decomposed.
 
     Input shape:
         N-D tensor of integers.
@@ -58,7 +58,7 @@ class SRLoRAEmbedding(SRLoRALayer, keras.layers.Embedding):
     factor_names = "lora_embeddings_a", "lora_embeddings_b"
     # As in Keras's and KerasHub's LoRA, which adapt projections.
     converted_by_default = False
-    # What an embedding lacks, and the shared code asks for.
+    # Attributes that the shared code reads and an embedding lacks.
     bias = None
     activation = None
 

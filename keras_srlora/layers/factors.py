@@ -24,7 +24,7 @@ LATER_ARGUMENTS = {"use_rslora": False, "modules_to_save": ()}
 
 
 def add_factors(layer):
-    """Freezes the kernel of a built layer, and adds what is trained."""
+    """Freezes the kernel of a built layer, and adds the factors."""
     # Once for each number of dimensions: eager torch asks in each call.
     layer.plan = functools.cache(functools.partial(layer.read_plan, layer))
     plan = layer.plan()
@@ -51,7 +51,7 @@ def add_factors(layer):
 
 
 def remove_factors(layer):
-    """Takes away what `set_arguments` and `add_factors` added.
+    """Undoes `set_arguments` and `add_factors`.
 
     The kernel, which the caller gave its final value, stays. The factors end at
     zero: a function that was compiled before and reads them adds nothing.

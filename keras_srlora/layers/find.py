@@ -46,11 +46,11 @@ def srlora_layers(model) -> list:
 
 
 def match_records(layers):
-    """Sees to it that the layers' records are those of their kernels.
+    """Takes the layers' records back to the kernels that they have.
 
     Weights that come back without their record, as `EarlyStopping(
     restore_best_weights=True)` and `model.set_weights` bring them, are those of
-    an earlier step: what was recorded after it is forgotten, with a warning.
+    an earlier step. The record of later steps is dropped, with a warning.
 
     Raises:
         ValueError: before anything is changed, if a kernel is none that its
@@ -74,7 +74,7 @@ def match_records(layers):
 
 
 def require_records(layers):
-    """As `match_records`, for what needs to know the pretrained kernels.
+    """As `match_records`, for callers that need the pretrained kernels.
 
     Raises:
         ValueError: likewise, and if a layer is not built, or has trained
@@ -96,8 +96,8 @@ def initialize_factors(model, directions=None, verbose="auto") -> list:
 
     Args:
         model: a built `keras.Model` with SRLoRA layers.
-        directions: path of a file, as in `enable_srlora`, that keeps what was
-            decomposed for the next time. Defaults to `None`.
+        directions: path of a file, as in `enable_srlora`, that keeps the
+            directions for the next run. Defaults to `None`.
         verbose: `"auto"`, 0 or 1, as in `enable_srlora`.
 
     Returns:

@@ -37,10 +37,10 @@ class FloatKernel:
 
     Attributes:
         variable: the kernel's variable.
-        remainder: float32, `(in, out)`. What rounding cut off a kernel in half
-            precision; the next recomposition starts from both, so that small
-            pairs add up that are each below the kernel's rounding. `None`:
-            nothing.
+        remainder: float32, `(in, out)`. The part that rounding cut off a kernel
+            in half precision; the next recomposition starts from both, so that
+            small pairs add up that are each below the kernel's rounding.
+            `None`: nothing.
         room: how many pairs can be fused; `None`: any number.
     """
 
@@ -69,7 +69,7 @@ class FloatKernel:
 
         Args:
             matrix: tensor of shape `(in, out)`.
-            rows: factors of what was fused; not needed here.
+            rows: factors of the fused pairs; not needed here.
         """
         rounded = ops.cast(matrix, self.variable.dtype)
         self.variable.assign(as_kernel(rounded, self._plan))
@@ -83,7 +83,7 @@ class FloatKernel:
         """Follows a kernel that was loaded together with its record."""
 
     def add_fused(self, rows, low_rank):
-        """What the step adds for pairs fused beside the kernel: nothing."""
+        """The term of a step for pairs beside the kernel: none."""
         return low_rank
 
     def merge(self, layer, matrix):
@@ -144,7 +144,7 @@ class QuantizedKernel:
         return in_full(self.matrix())
 
     def store(self, matrix, rows):
-        """Stores the factors of what was fused; the kernel stays as it is."""
+        """Stores the factors of the fused pairs; the kernel stays."""
         for variable, array in zip(self.fused, rows):
             padding = variable.shape[0] - len(array)
             variable.assign(np.pad(array, ((0, padding), (0, 0))))
@@ -180,7 +180,7 @@ class QuantizedKernel:
         return {}
 
     def from_arrays(self, arrays):
-        """Nothing: the record says what was fused."""
+        """Nothing: the record has the fused pairs."""
 
 
 def is_quantized(layer) -> bool:

@@ -1,4 +1,4 @@
-"""The table of the layers that can be adapted, and what becomes of them."""
+"""The table of the layers that can be adapted, and the classes for them."""
 
 import keras
 

@@ -1,4 +1,4 @@
-"""Records that belong to the weights of their layer, or do not."""
+"""Whether a record belongs to the weights of its layer."""
 
 import numpy as np
 from keras import ops
@@ -14,9 +14,9 @@ def find_record(layer):
     """How much of the record belongs to the kernel that the layer has.
 
     `u Wᵀ` of each direction is known from the record: its singular value and
-    vector, less what was subtracted, plus what was fused. Weights of an earlier
-    step (`EarlyStopping(restore_best_weights=True)`) are those of the beginning
-    of the record.
+    vector, less the subtracted pairs, plus the fused ones. Weights of an
+    earlier step (`EarlyStopping(restore_best_weights=True)`) are those of the
+    beginning of the record.
 
     Returns:
         int. The number of fused pairs.
@@ -44,8 +44,8 @@ def find_record(layer):
             f"The kernel of layer {layer.path!r} is not the one whose "
             "directions and record the layer holds: other weights were "
             "assigned after it was decomposed. Call "
-            "`layer.initialize_factors()` to decompose what the layer "
-            f"computes now. Received: a difference of {least:.3g} where at "
+            "`layer.initialize_factors()` to decompose the kernel "
+            f"that it has now. Received: a difference of {least:.3g} where at "
             f"most {OTHER_KERNEL * size:.3g} is rounding."
         )
     # The latest of those that rounding does not tell apart.
@@ -74,7 +74,7 @@ def check_record(layer):
 
 
 def take_back_record(layer, count):
-    """Forgets what came after the first `count` fused pairs."""
+    """Drops the record of all but the first `count` fused pairs."""
     layer.record = layer.record.taken_back(count)
     layer.frozen.remainder = None
     layer.companions.restart("sensitivity")

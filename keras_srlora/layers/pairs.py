@@ -65,7 +65,7 @@ def kernel_in_step(layer):
     """The effective kernel, of the stored one's shape, for other readers.
 
     A layer that reads `dense.kernel` itself (tied weights, for example)
-    computes with what the layer computes with; gradients reach the factors.
+    computes with the effective kernel; gradients reach the factors.
     """
     if "frozen" not in vars(layer):
         # Not built, or about to be converted.
@@ -88,7 +88,7 @@ def pretrained_matrix(layer):
 
 
 def frozen_rows(layer, record) -> tuple[np.ndarray, np.ndarray]:
-    """What a record says is in the frozen kernel, as two factors."""
+    """The fused and subtracted pairs of a record, as two factors."""
     if record.initialized:
         return record.frozen_rows(layer.scale)
     plan = layer.plan()
@@ -130,14 +130,14 @@ def start_pairs(layer, recipe, file=None):
 
     Args:
         layer: a layer that passed `check_initializable`.
-        recipe: a `Recipe`, which says how the first pairs start.
+        recipe: a `Recipe`, for the start of the first pairs.
         file: an open `DirectionsFile` that may have the directions, or `None`.
     """
     trained = ops.any(ops.not_equal(layer.factors[1], 0))
     if trained and layer.frozen.room is not None:
         raise ValueError(
             f"The kernel of layer {layer.path!r} is quantized and cannot take "
-            "up what its factors learnt before it was decomposed. Call "
+            "up the pairs that were trained before it was decomposed. Call "
             "`keras_srlora.initialize_factors(model)` before training. "
             f"Received: quantization_mode={layer.quantization_mode!r}"
         )
@@ -170,7 +170,7 @@ def _decompose(layer, file):
         found = decomposition.decompose(*arguments)
     else:
         found = file.decompose(layer, *arguments)
-    # What a kernel in float64 loses and gets back is computed in it.
+    # Subtracted from a kernel in float64 and added in float64.
     return decomposition.Directions(
         *(x.astype(full_dtype(matrix)) for x in found)
     )

@@ -30,7 +30,7 @@ def sharded_axes(layer, axes):
 
 
 def warn_of_whole_factors(layers):
-    """Says where a layout map shards kernels and has no key for their factors.
+    """Warns where a layout map shards kernels and has no key for their factors.
 
     Keys that are written for plain kernels, as KerasHub's own are, match no
     factor, and Keras then keeps it whole on each device.
@@ -58,7 +58,7 @@ def warn_of_whole_factors(layers):
             "layers are built or converted; a key is a path, or a regular "
             f"expression that matches a whole path: {'; '.join(keys[:4])}"
             f"{'; ...' if len(keys) > 4 else ''}. With (None, None) a factor "
-            "is whole, and nothing is said.",
+            "is whole, without a warning.",
             stacklevel=4,
         )
 

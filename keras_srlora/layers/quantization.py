@@ -1,4 +1,4 @@
-"""Adapted layers, and models that hold any, are not quantized."""
+"""Adapted layers, and models that hold any, refuse to be quantized."""
 
 import keras
 

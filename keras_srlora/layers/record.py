@@ -1,4 +1,4 @@
-"""What a layer remembers of its run, on the host.
+"""A layer's memory of its run, on the host.
 
 NumPy arrays, not variables: nothing of it is needed on the accelerator between
 two recompositions. It is saved with the layer's weights.
@@ -23,7 +23,7 @@ FORMAT_NAME = "record_format"
 class Record:
     """Record of one layer, with `t` directions, rank `r`, `m` fused pairs.
 
-    What was fused is kept as factors. The pretrained kernel is the frozen one
+    Fused pairs are kept as factors. The pretrained kernel is the frozen one
     plus `Σ anchors[i] · left[i]ᵀ right[i]` minus `s · fused_aᵀ @ fused_b`.
 
     Attributes:
@@ -39,7 +39,7 @@ class Record:
         events: float64, `(m, 5)`, with columns `EVENT`.
     """
 
-    # All `None` in a layer that is not initialised, where nobody asks.
+    # All `None` in a layer that is not initialised.
     directions: Directions = None  # type: ignore[assignment]
     anchors: np.ndarray = None  # type: ignore[assignment]
     visits: np.ndarray = None  # type: ignore[assignment]
@@ -91,12 +91,12 @@ class Record:
         self.fused_b = np.concatenate([self.fused_b, b])
 
     def add_events(self, columns) -> None:
-        """Notes what happened to fused pairs: `{column of EVENT: array}`."""
+        """Notes the events of fused pairs: `{column of EVENT: array}`."""
         rows = np.stack([columns[name] for name in EVENT], axis=1)
         self.events = np.concatenate([self.events, rows])
 
     def frozen_rows(self, scale) -> tuple[np.ndarray, np.ndarray]:
-        """What went into the frozen kernel since the pretrained one.
+        """The sum of all that went into the pretrained kernel.
 
         Returns:
             Factors `(k, in)` and `(k, out)`; the frozen kernel is the
@@ -110,7 +110,7 @@ class Record:
         )
 
     def images(self, scale):
-        """What `left @ kernel` was after each recomposition, latest first.
+        """`left @ kernel` after each recomposition, latest first.
 
         Yields:
             `(m, image)`: how many pairs were fused by then, and a float32 array

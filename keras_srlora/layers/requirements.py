@@ -1,4 +1,4 @@
-"""What a layer and its kernel must be like, checked before any change."""
+"""Requirements of a layer and its kernel, checked before any change."""
 
 import keras
 from keras import ops

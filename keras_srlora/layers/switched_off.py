@@ -9,7 +9,7 @@ from keras_srlora.backend import devices
 from keras_srlora.layers import pairs
 from keras_srlora.layers.companions import Companions
 
-# What is switched off now, by the id of the layer: `_SwitchedOff`.
+# The layers that are switched off: `{id(layer): _SwitchedOff}`.
 _NOW: dict = {}
 
 
@@ -17,8 +17,8 @@ def switch_off(layer):
     """Makes a layer compute its pretrained kernel, until it is switched on.
 
     It is then like one whose kernel was not decomposed yet, so that a file that
-    is saved meanwhile holds the pretrained model. May be asked several times;
-    it lasts until it was taken back as often.
+    is saved meanwhile holds the pretrained model. Calls may be nested; the
+    outermost one counts.
     """
     now = _NOW.get(id(layer)) or _SwitchedOff(layer)
     now.count += 1
@@ -26,7 +26,7 @@ def switch_off(layer):
 
 
 def switch_on(layer):
-    """Takes one `switch_off` back; everything is as before, to the bit."""
+    """Takes one `switch_off` back; everything is bit-equal to before."""
     now = _NOW[id(layer)]
     now.count -= 1
     if not now.count:
@@ -53,7 +53,7 @@ def check_switched_on(layers):
 
 
 class _SwitchedOff:
-    """What a layer had before, and is given back."""
+    """The state of a layer, to be given back."""
 
     def __init__(self, layer):
         self.count = 0

@@ -12,7 +12,7 @@ from keras_srlora.layers.record import Record
 
 
 def save(layer, store):
-    """Writes the variables, the record, and what trains with the layer."""
+    """Writes the variables, the record and the companions."""
     if not layer.built:
         return
     for index, variable in enumerate(keras_private.stored_variables(layer)):
@@ -29,7 +29,7 @@ def save(layer, store):
 
 
 def load(layer, store):
-    """Reads what `save` wrote, or a plain layer's weights.
+    """Reads weights that `save` wrote, or a plain layer's.
 
     Weights of the plain layer (a pretrained model) replace the kernel; the
     factors start anew and the kernel is decomposed when training starts.
@@ -89,6 +89,6 @@ def load_plain(layer, weights):
 
 
 def _adopt(layer, record):
-    """Takes over the record that belongs to a kernel that was loaded."""
+    """Adopts the record saved with a loaded kernel."""
     layer.record = record
     layer.frozen.adopt(pairs.frozen_rows(layer, record))

@@ -1,6 +1,6 @@
 """The choices that make a recipe, each a small pure function.
 
-The mechanism (score, fuse, restart) is the same for all recipes. A recipe says
+The mechanism (score, fuse, restart) is the same for all recipes. A recipe sets
 how the first pairs start, how pairs are scored, which of them are fused, which
 directions come next and at what scale, what happens to the optimizer's slots,
 and when. Each table below names the functions of one choice. A function of the
@@ -19,7 +19,7 @@ from keras_srlora.recipes.gate import FlatLoss
 
 
 class Pairs(NamedTuple):
-    """What a selection may look at; NumPy arrays of shape `(rank,)`.
+    """The input of a selection: NumPy arrays of shape `(rank,)`.
 
     Attributes:
         scores: importance of the pair in each slot.
@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a score may look at: tensors of one layer.
+    """The input of a score: tensors of one layer.
 
     `(rank, in)` for `a`, `(rank, out)` for `b`. The averages are the running
     ones of the sensitivity `I = |w · g|` and of its uncertainty (SRLoRA,

@@ -1,12 +1,11 @@
-"""Whether a run's loss says that the rank limits it.
+"""Whether a run's loss shows that the rank limits it.
 
 A pure state machine over means of the training loss. While the loss falls,
 the pairs are still learning and a restart would cost what they could learn;
 once it is flat, a restart has little to lose, and whether it helps is seen.
 
-Every fall is compared with what the loss has fallen so far. Neither the unit of
-the loss nor a constant that is added to it, so that it lies below zero, say,
-changes a decision.
+Every fall is compared with the whole fall of the loss so far. Neither the unit
+of the loss nor a constant added to it changes a decision.
 """
 
 import dataclasses
@@ -74,7 +73,7 @@ class FlatLoss:
 
     @property
     def is_open(self):
-        """Whether a recomposition has paid, and does."""
+        """Whether a recomposition has paid."""
         return self.phase == GOING
 
     def describe(self):
@@ -158,7 +157,7 @@ class FlatLoss:
             self.phase = GOING
             return "go" if probing else None
         if windows >= PATIENCE:
-            # A loss that falls, but no faster, says nothing about the rank.
+            # A loss that falls, but no faster, shows nothing about the rank.
             fall, error = _fall((self.base, self.variance), (mean, variance))
             falls = fall - error > pays
             self.phase = WAITING if falls else STOPPED

@@ -1,4 +1,4 @@
-"""What a gate must have, one of the package or one of yours."""
+"""The protocol of a gate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 class Gate(Protocol):
     """Decides by the training loss when a run starts to recompose.
 
-    Register a class of your own with
+    Register a custom class with
     `keras.saving.register_keras_serializable`, and pass it as
     `Recipe(gate=...)`. `keras_srlora.recipes.gate.FlatLoss` is the example.
 

@@ -44,18 +44,18 @@ class RecompositionCallback(keras.callbacks.Callback):
     after the last step of the run, where it would change nothing.
 
     Args:
-        interval: int or `None`. Steps between two recompositions, whatever the
-            recipe's gate and schedule say. Defaults to `None`: as they say.
+        interval: int or `None`. Steps between two recompositions, in place of
+            the recipe's gate and schedule. Defaults to `None`: the recipe's.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair. Defaults to `None`: that of
             the recipe.
         recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
-            layers. It may start pairs in another way as long as none was
-            trained.
+            layers. It may start pairs in another way if none was trained
+            yet.
         verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
 
     Attributes:
-        events: list of `Recomposition`: what happened, in order.
+        events: list of `Recomposition`, in order.
         recomposer: the `Recomposer` of the run.
 
     The `logs` of an epoch gain `srlora_recompositions` (in this epoch),
@@ -98,7 +98,7 @@ class RecompositionCallback(keras.callbacks.Callback):
                 "fusion_ratio", fusion_ratio, True, False
             )
         self.fusion_ratio = fusion_ratio
-        # `recipe` becomes that of a run; the next starts from the argument.
+        # `recipe` becomes that of a run; the next run starts from the argument.
         self._given_recipe = None if recipe is None else get_recipe(recipe)
         self.recipe: Recipe | None = self._given_recipe
         self.verbose = verbose
@@ -120,15 +120,15 @@ class RecompositionCallback(keras.callbacks.Callback):
             "events": [event.to_dict() for event in self.events],
         }
 
-    # Keras calls `set_model` before it makes the train function: whatever the
-    # compiled step must see is put in place here. It does so for `evaluate` and
-    # `predict` too, which must leave the model as it is.
+    # Keras calls `set_model` before it makes the train function, so this puts
+    # in place what the compiled step must see. Keras calls it for `evaluate`
+    # and `predict` too, which must leave the model as it is.
 
     def set_model(self, model) -> None:
         if self._running and model is not self._model:
             raise ValueError(
                 f"This callback follows the run of model {self._model.name!r}, "
-                "which has not ended (or was interrupted): make another one, "
+                "which has not ended (or was interrupted). Make another one, "
                 "`RecompositionCallback(...)`, for each model. "
                 f"Received: model {model.name!r}"
             )

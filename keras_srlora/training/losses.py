@@ -7,12 +7,12 @@ from keras import ops
 
 from keras_srlora.backend import keras_private
 
-# What a `train_step` of one's own may call the mean of what it minimises.
+# Names that a custom `train_step` may give to the mean of its loss.
 NAMES = ("loss", "total_loss")
 
 
 class LossReader:
-    """Reads what was added to the training losses of an epoch.
+    """Reads the training losses that an epoch added since the last reading.
 
     They are in Keras's own mean of the loss or, where a `train_step` keeps
     another, in the `keras.metrics.Mean` that is called "loss" or "total_loss",
@@ -41,7 +41,7 @@ class LossReader:
 
 
 def warn_of_no_loss(model, recipe):
-    """Says that a gate has nothing to read, and what to pass instead."""
+    """Warns that a gate finds no loss, and names the remedies."""
     names = [metric.name for metric in model.metrics]
     warnings.warn(
         f"The gate of the recipe (gate={recipe.gate!r}) finds no mean of the "

@@ -15,7 +15,7 @@ from keras_srlora.training.sensitivity import Sensitivity
 HALF_SPACING_BELOW_ONE = {"bfloat16": 2**-9, "float16": 2**-12}
 
 
-# What the wrapper does itself; everything else is the wrapped optimizer's.
+# Attributes of the wrapper; all others are the wrapped optimizer's.
 OWN = frozenset(
     (
         "apply",
@@ -28,7 +28,7 @@ OWN = frozenset(
         "_step_gradients",
     )
 )
-# What Python itself asks for. `__class__` is the wrapped optimizer's, which
+# Attributes that Python reads. `__class__` is the wrapped optimizer's, which
 # `isinstance` looks at after the type, and by which it is saved.
 PYTHONS = frozenset(("__dict__", "__init__", "__reduce_ex__", "__setattr__"))
 
@@ -37,10 +37,10 @@ PYTHONS = frozenset(("__dict__", "__init__", "__reduce_ex__", "__setattr__"))
 class SensitivityOptimizer(keras.optimizers.Optimizer):
     """Wraps an optimizer and scores the SRLoRA pairs from its gradients.
 
-    Keras has no hook for gradients; like `LossScaleOptimizer` this wraps the
-    optimizer that it hands them on to, which does everything that it did
-    before. `RecompositionCallback` puts it in place for the time of a `fit`;
-    loops of your own use it directly.
+    Keras has no hook for gradients. Like `LossScaleOptimizer`, this class wraps
+    another optimizer and hands the gradients on to it.
+    `RecompositionCallback` puts it in place for the time of a `fit`; custom
+    loops use it directly.
 
     The wrapper is transparent: every attribute and method but those below is
     read from, and written to, the wrapped optimizer, so that other callbacks
@@ -50,8 +50,8 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
     the wrapped optimizer), `sensitivity`, and `unwrap()`, which returns the
     wrapped optimizer.
 
-    What a step is: with `gradient_accumulation_steps=k` the statistics are
-    updated once every `k` batches, from the mean gradient that the wrapped
+    With `gradient_accumulation_steps=k` the statistics are updated once every
+    `k` batches, from the mean gradient that the wrapped
     optimizer applies. The gradient is scored before clipping, after loss
     scales are divided out.
 
@@ -207,7 +207,7 @@ def check_optimizer(optimizer):
 
 
 def warn_of_rounded_decay(optimizer, layers):
-    """Says where no step of an optimizer of Adam's kind can move a factor.
+    """Warns where no step of an optimizer of Adam's kind can move a factor.
 
     Keras computes `1 - beta_2^t` in the dtype of the variable. In bfloat16 the
     default of 0.999 is 1, and every step is zero.

@@ -15,7 +15,7 @@ from keras_srlora.recipes.schedule import Schedule
 from keras_srlora.training.recomposition import Work
 from keras_srlora.training.run_state import RunState
 
-# A gate that reads no more shall not keep a tensor of each step.
+# A gate that stopped reading must not keep a tensor of each step.
 MOST_PENDING = 256
 
 
@@ -64,7 +64,7 @@ class Pace:
             self._start_schedule(step)
 
     def resume(self, saved: RunState, epoch_steps: int = 0) -> None:
-        """Goes on with a state that was saved, by its own schedule."""
+        """Resumes from a saved state, with its own schedule."""
         self.state = saved
         if self.interval:
             saved.schedule = dataclasses.replace(
@@ -73,7 +73,7 @@ class Pace:
         saved.epoch_steps = epoch_steps or saved.epoch_steps
 
     def set_total_steps(self, total_steps: int, step: int) -> None:
-        """Says how long the run is, where it was not known before `step`."""
+        """Sets the length of a run whose length was unknown before `step`."""
         self.total_steps = total_steps
         if not self.state.schedule.interval and self.state.gate is None:
             self._start_schedule(step)
@@ -146,7 +146,7 @@ class Pace:
         return False
 
     def consult_gate(self, step: int) -> bool:
-        """Lets the gate read what was reported; whether it wants a probe."""
+        """Lets the gate read the reported losses; whether it wants a probe."""
         total, count = self.state.losses()
         self.state.reported = []
         gate = self.state.gate
@@ -184,7 +184,7 @@ class Pace:
             )
 
     def _make_schedule(self, step):
-        """Spreads what is left to do over what is left of the run."""
+        """Spreads the recompositions that are left over the rest of the run."""
         left = self.last_step - step
         count, shortest = self._work()
         interval = float(self.interval or 0)

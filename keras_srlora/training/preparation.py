@@ -1,4 +1,4 @@
-"""What is checked before a run, and chosen for it."""
+"""Checks before a run, and its recipe."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _check_start(layer, recipe):
 
 
 def start_layers(layers, recipe):
-    """Decomposes kernels that were not, or whose pairs start in another way.
+    """Decomposes kernels for the first time, or for another start of the pairs.
 
     The pairs of the latter are untrained, so that they may start anew.
     """

@@ -68,7 +68,7 @@ class Recomposer:
         recipe: the `Recipe` of the run.
         optimizer: the optimizer to train with.
         sensitivity: the `Sensitivity` that scores the pairs.
-        events: list of `Recomposition`: what happened, in order.
+        events: list of `Recomposition`, in order.
         pace: `Pace`: schedule, gate and position.
 
     Raises:
@@ -153,7 +153,7 @@ class Recomposer:
             step: int. Training steps done.
 
         Returns:
-            List of `Recomposition`: what was done; mostly empty.
+            List of `Recomposition`, which is mostly empty.
 
         Raises:
             RuntimeError: if an SRLoRA layer was frozen since the run began.
@@ -177,7 +177,7 @@ class Recomposer:
         self.pace.report_loss(total, count)
 
     def consult_gate(self, step: int) -> list[Recomposition]:
-        """Lets the gate read what was reported, though it is not due."""
+        """Lets the gate read the reported losses before it is due."""
         if not is_between_accumulations(self.optimizer):
             return []
         return self._recompose(step) if self.pace.consult_gate(step) else []
@@ -190,7 +190,7 @@ class Recomposer:
         self.pace.start(step, epoch_steps)
 
     def resume(self, saved: RunState, epoch_steps: int = 0) -> None:
-        """Goes on with a state that was saved, by its own schedule."""
+        """Resumes from a saved state, with its own schedule."""
         self._begin()
         self.pace.resume(saved, epoch_steps)
 
@@ -203,8 +203,9 @@ class Recomposer:
         with step `recomposer.steps_done`.
 
         Args:
-            arrays: what `to_arrays` returned. Defaults to `None`: what was
-                loaded with the layers before the `Recomposer` was made.
+            arrays: dict that `to_arrays` returned. Defaults to `None`: the
+                state that was loaded with the layers before the `Recomposer`
+                was made.
 
         Raises:
             ValueError: if there is nothing to restore, it is of another format,
@@ -214,7 +215,7 @@ class Recomposer:
             self._saved = arrays
         if not self._saved:
             raise ValueError(
-                "There is no saved run to go on with: load the weights "
+                "There is no saved run to resume: load the weights "
                 "that were saved in its middle first. Received: layers "
                 f"whose first is {self.layers[0].path!r}, without a run"
             )
@@ -223,7 +224,7 @@ class Recomposer:
     def to_arrays(self) -> dict:
         """The state as `{name: array}`; events are in the layers' records."""
         if not self._begun and self._saved:
-            # What was loaded is still what there is.
+            # No step since the state was loaded.
             return self._saved
         random = {} if self._random is None else self._random.to_arrays()
         return {"state": self.pace.state.to_array(self.recipe), **random}

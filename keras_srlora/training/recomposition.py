@@ -23,7 +23,7 @@ from keras_srlora.training.sensitivity import Sensitivity
 
 @dataclasses.dataclass(frozen=True)
 class Recomposition:
-    """What happened to one layer at one recomposition.
+    """One recomposition of one layer.
 
     Attributes:
         step: int. Training steps done before it.
@@ -63,7 +63,7 @@ def recompose(
 ) -> list[Recomposition]:
     """Fuses some pairs of each layer and restarts their slots, now.
 
-    `Recomposer` calls it when its schedule says so. The function that each
+    `Recomposer` calls it by its schedule. The function that each
     layer computes does not change. A layer whose directions have run out, or
     whose factors or scores are not finite, is left as it is, with a warning in
     the latter case.
@@ -71,7 +71,7 @@ def recompose(
     Args:
         sensitivity: the `Sensitivity` that scored the layers.
         optimizer: the built optimizer whose slots of the restarted pairs are
-            treated as the recipe says: one of Keras, as it is or as a
+            treated by the recipe: one of Keras, as it is or as a
             `SensitivityOptimizer`, or one of `torch.optim`. `None` where there
             is none: treat the slots of the returned `Recomposition`s yourself.
         step: int. Training steps done, which the age of a pair and the record
@@ -175,8 +175,8 @@ def choose_directions(record, recipe: Recipe, count: int, kept) -> np.ndarray:
 
     Args:
         record: `Record` of the layer.
-        recipe: says in which order, and whether directions come again: those
-            that the fewest pairs started along come first.
+        recipe: gives the order. Where its directions come again, those that
+            the fewest pairs started along come first.
         count: int.
         kept: int array. Slots whose pairs stay, and with them their directions.
     """
@@ -196,7 +196,7 @@ def choose_directions(record, recipe: Recipe, count: int, kept) -> np.ndarray:
 
 
 class Work(NamedTuple):
-    """What is left to do.
+    """The recompositions that are left.
 
     Attributes:
         recompositions: how many use up the directions of the layer that has

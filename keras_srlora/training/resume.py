@@ -1,4 +1,4 @@
-"""Where a `fit` goes on that was interrupted, or that is one of several."""
+"""The step at which an interrupted or repeated `fit` resumes."""
 
 import warnings
 
@@ -43,7 +43,7 @@ def begin_run(recomposer, model, first_epoch, epochs, epoch_steps):
     goes_on = saved.begun >= 0 and (first_epoch > 0 or recomposer.restored)
     steps = epoch_steps or saved.epoch_steps
     if goes_on and not steps and first_epoch:
-        # Saved before the callback could learn it.
+        # Saved before the callback knew it.
         steps = (saved.begun + 1) // first_epoch
     step = first_epoch * steps
     same_epochs = steps and saved.epoch_steps in (0, steps)
@@ -62,9 +62,9 @@ def begin_run(recomposer, model, first_epoch, epochs, epoch_steps):
     recomposer.start(step, steps)
     if not steps and not recomposer.pace.interval and epochs - first_epoch == 1:
         _warn(
-            "The data set does not say its size and this run has a single "
-            "epoch, so that the length of the run is unknown: nothing will "
-            "be recomposed. Pass `RecompositionCallback(interval=...)` or "
+            "The data set has no size and this run has a single epoch, so the "
+            "length of the run is unknown: nothing will be recomposed. Pass "
+            "`RecompositionCallback(interval=...)` or "
             "`fit(steps_per_epoch=...)`."
         )
     return steps

@@ -23,8 +23,8 @@ class RunState:
     Attributes:
         schedule: `Schedule`; without an interval before it is known.
         gate: a `Gate`, or `None`.
-        begun: step of the batch that began last, -1 before the first. What is
-            saved is the state after it.
+        begun: step of the batch that began last, -1 before the first. The
+            saved state is the one after it.
         epoch_steps: steps of an epoch of `fit`; 0 while unknown, or in a loop.
         predictions: how many a step learns from; 0 where the model does not
             say, `None` before it was asked.

@@ -17,7 +17,7 @@ FIRST_MOMENT, SECOND_MOMENT = "first_moment", "second_moment"
 WEIGHT_AVERAGE, GRADIENT_SUM = "weight_average", "gradient_sum"
 KINDS = (FIRST_MOMENT, SECOND_MOMENT, WEIGHT_AVERAGE, GRADIENT_SUM)
 
-# What Keras's own optimizers call their slots (keras 3.13 to 3.15).
+# Names of the slots of Keras's own optimizers (keras 3.13 to 3.15).
 KERAS_SLOTS = {
     "momentum": FIRST_MOMENT,
     "average_gradient": FIRST_MOMENT,
@@ -30,7 +30,7 @@ KERAS_SLOTS = {
     "average": WEIGHT_AVERAGE,
     "gradient_accumulator": GRADIENT_SUM,
 }
-# What those of `torch.optim` call theirs (torch 2.13).
+# Those of `torch.optim` (torch 2.13).
 TORCH_SLOTS = {
     "exp_avg": FIRST_MOMENT,
     "momentum_buffer": FIRST_MOMENT,
@@ -46,12 +46,12 @@ TORCH_SLOTS = {
 }
 # `{name of a class: {slot: kind}}`: where a class gives a name another meaning
 # (the `momentum` of `ScheduleFreeAdamW` is a copy of the weights that the
-# gradient moves), and what `register_optimizer_slots` was told.
+# gradient moves), and the entries of `register_optimizer_slots`.
 OF_CLASS = {"ScheduleFreeAdamW": {"momentum": WEIGHT_AVERAGE}}
 
 
 def register_optimizer_slots(optimizer_class: type, slots: dict) -> None:
-    """Says what the slots of an optimizer are, one that SRLoRA does not know.
+    """Registers the kinds of an optimizer's slots.
 
     When a pair restarts, the recipe treats its moments; a moving average of the
     weights starts from the new pair, and a gradient that is being accumulated
@@ -165,7 +165,7 @@ class _TorchSlot:
 def restart_slots(slots, factor, restarted, treatment):
     """Treats the slots of a factor's restarted pairs; leaves the others alone.
 
-    Moments are treated as the recipe says. A moving average of the weights
+    The recipe treats moments. A moving average of the weights
     (`use_ema`) starts from the new pair, a gradient that is being accumulated
     from zero.
 
@@ -197,8 +197,8 @@ def warn_of_unknown(optimizer, unknown):
         name = getattr(optimizer, "name", type(optimizer).__name__)
         warnings.warn(
             f"Optimizer {name!r} ({type(optimizer).__name__}) keeps "
-            f"state that SRLoRA does not understand: {names[:4]} "
+            f"state that SRLoRA does not know: {names[:4]} "
             f"({len(names)} in all). It is left as it is when a pair restarts. "
-            "`keras_srlora.register_optimizer_slots` teaches what it is.",
+            "Register its kind with `keras_srlora.register_optimizer_slots`.",
             stacklevel=2,
         )

@@ -122,7 +122,7 @@ class _Kept:
         self._entered = False
 
     def serves(self, model, outer, inner, layers, beta1, beta2):
-        """Whether a run with these can go on with what was compiled."""
+        """Whether a run with these can use the compiled function."""
         scores = self.wrapper.sensitivity
         return (
             # A new object with each call of `compile`.

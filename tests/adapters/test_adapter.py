@@ -355,7 +355,7 @@ def test_a_file_that_lies(name, array, saved):
     else:
         tensors[name] = array
     write_adapter(saved, tensors, metadata)
-    refused(plain_model(), saved, "does not hold what its metadata say")
+    refused(plain_model(), saved, "does not fit its own metadata")
 
 
 @pytest.mark.parametrize(

@@ -486,7 +486,7 @@ def test_target_names_of_a_wrong_type(bert):
     [
         ({"exclude_layer_names": ["qury"]}, "exclude_layer_names.*'qury'"),
         ({"exclude_layer_names": "query"}, "must be a list of strings"),
-        ({"exclude_layer_names": [".*"]}, "leaves nothing of the 6"),
+        ({"exclude_layer_names": [".*"]}, "leave nothing of the 6"),
         ({"rank_pattern": {"qury": 1}}, "rank_pattern.*'qury'"),
         ({"rank_pattern": ["query"]}, "must be a dict"),
         ({"rank_pattern": {"query": 0}}, "positive integer"),

@@ -150,7 +150,7 @@ def test_an_epoch_is_learned_from_calls_that_overtake_each_other(rng):
 def test_a_single_epoch_of_unknown_size_says_so(rng):
     model, data = compiled(rng), regression_data(rng)
     callback = RecompositionCallback()
-    with pytest.warns(UserWarning, match="does not say its size"):
+    with pytest.warns(UserWarning, match="data set has no size"):
         fit_stream(model, data, callback, epochs=1)
     assert not callback.events
 

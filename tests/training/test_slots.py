@@ -180,7 +180,7 @@ class Custom(keras.optimizers.Optimizer):
 def test_an_optimizer_that_is_not_understood_is_said(rng):
     optimizer = Custom()
     layer, sensitivity, _ = trained(optimizer, rng)
-    with pytest.warns(UserWarning, match="does not understand.*charm"):
+    with pytest.warns(UserWarning, match="does not know.*charm"):
         keras_srlora.recompose(sensitivity, optimizer)
 
 

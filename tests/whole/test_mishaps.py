@@ -188,7 +188,7 @@ def test_a_callback_on_two_models_at_once():
     optimizer = inner.optimizer
 
     def start_another(model):
-        with pytest.raises(ValueError, match="make another one"):
+        with pytest.raises(ValueError, match="Make another one"):
             fit(inner, callback)
 
     model, alone = compiled(), compiled()

@@ -112,6 +112,10 @@ def test_directions_lifetimes_loss_and_importance_are_drawn(run):
     ax = plots.plot_lifetimes(callback)
     names = [t.get_text() for t in ax.get_yticklabels()]
     assert names == ["first", "second"]
+    # Each direction is counted once.
+    counted = sum(int(text.get_text()) for text in ax.texts)
+    stays = [s for x in plots.layer_runs(callback) for s in x.stays(STEPS)]
+    assert counted == sum(direction >= 0 for direction, *_ in stays)
     ax = plots.plot_loss(np.arange(STEPS, 0, -1), callback, smooth=3)
     assert [line.get_xdata()[0] for line in ax.lines[1:]] == steps
     np.testing.assert_allclose(ax.lines[0].get_ydata()[0], STEPS - 1)
