@@ -34,6 +34,9 @@ from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.record import EVENT
 
+# More recompositions than these are drawn with short lines.
+FEW_LINES = 40
+
 STEP, SLOT, _, DIRECTION, _ = range(len(EVENT))
 
 
@@ -73,6 +76,8 @@ class LayerRun(NamedTuple):
 def plot_loss(losses, run=None, *, label=None, smooth=1, ax=None):
     """Loss against steps, with a line at each recomposition.
 
+    Where there are many, as with layers that take turns, the lines are short.
+
     Args:
         losses: the loss of each step, or a dict from labels to such sequences.
         run: a run (see above) whose recompositions are marked, or `None`.
@@ -95,6 +100,7 @@ def plot_loss(losses, run=None, *, label=None, smooth=1, ax=None):
         for i, step in enumerate(sorted(steps)):
             ax.axvline(
                 step,
+                ymax=1.0 if len(steps) <= FEW_LINES else 0.04,
                 color="0.5",
                 alpha=0.4,  # on a dark page as well
                 linewidth=0.8,

@@ -104,6 +104,7 @@ def test_the_documentation_shows_the_long_runs_and_the_prototypes(report):
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert report.pages.long_runs(done) in page
     assert report.pages.prototypes(done) in page
+    assert report.pages.predictions(done) in page
 
 
 def results_of(report):

@@ -32,19 +32,36 @@ HEADINGS = {
     "flat_loss": "behind a gate",
 }
 CURVE = (1, 2, 4, 8, 16, 32, 64)
-# Long runs with plenty of data, at LoRA's own best learning rate.
+# Long runs with plenty of data, the default at LoRA's own best learning rate.
 LONG = {
-    "code": "GPT, 96 wide, reviews to source code, 2,000 steps",
-    "code_small": "GPT, 64 wide, reviews to source code, 2,000 steps",
-    "code_6000": "GPT, 96 wide, 6,000 steps",
+    "code_small": "GPT, reviews to source code, 2,000 steps",
+    "code_small_8e": "the same, an eighth of the text, 8 epochs",
+    "code_6000_small": "the same, 6,000 steps",
     "autoencoder_digits": "autoencoder, 1,488 steps",
     "teacher_power_law": "teacher, power law, 1,500 steps",
     "teacher_rank_48": "teacher, flat update of rank 48, 1,500 steps",
     "vit_clothes": "ViT, digits to clothes, 3,560 steps",
 }
-# The default, or the prototype that does the same, with the life of a pair.
 DEFAULT = "adaptive"
-LIFE = {"code_6000": 600, "vit_clothes": 356}
+# The same model at batches of other sizes: task, title, predictions of a step,
+# steps, and the prototype that the default was at that time.
+RESTARTS = "x:life={},stop=.85,slots=mean,q=1"
+PREDICTIONS = (
+    ("code_small_1", "GPT", 64, 2000, RESTARTS.format(200), 0.01),
+    ("code_small_2", "GPT", 128, 2000, RESTARTS.format(200), 0.01),
+    ("code_small_4", "GPT", 256, 2000, RESTARTS.format(200), 0.01),
+    ("code_small", "GPT", 1024, 2000, RESTARTS.format(200), 0.03),
+    ("code_small_8e", "GPT, 8 epochs", 1024, 2000, RESTARTS.format(200), 0.03),
+    ("code_small_1_16000", "GPT", 64, 16_000, RESTARTS.format(1600), 0.01),
+    (
+        "vit_clothes",
+        "ViT",
+        64,
+        3560,
+        "x:life=356,stop=.85,slots=scaled",
+        0.01,
+    ),
+)
 # Task, rank, rate: LoRA's best rates, and one below that of the GPT.
 PROTOTYPED = (
     ("code_small", 2, 0.03, "GPT at 3e-2"),
@@ -102,30 +119,24 @@ def described(method):
 
 
 def long_runs(done):
-    """Each method at LoRA's best rate: losses, and the part of the gap.
+    """The default at LoRA's best rate: losses, and the part of the gap.
 
-    The gap is that to LoRA of four times the rank at its own best rate. Few
-    seeds: their number is in the last column.
+    The gap is that to LoRA of four times the rank; that and all other methods
+    are at their own best rates. The last column has the number of seeds.
     """
     header = ["task", "rank", "rate", *(HEADINGS[x] for x in LONG_METHODS)]
     rows = [[*header, "default", "of the gap", "seeds"]]
     for task, title in LONG.items():
         runs = done.get(task, {})
-        names = (DEFAULT, f"x:life={LIFE.get(task, 200)},stop=.85,slots=scaled")
-        for rank in sorted({key[2] for key in runs if key[1] in names}):
+        for rank in sorted({key[2] for key in runs if key[1] == DEFAULT}):
             rate = best_rate(runs, (task, "lora", rank))
-            lora, quadruple, *others = (
-                at_rate(runs, task, method, rank, rate)
-                for method in LONG_METHODS
-            )
-            if any(key[1:3] == ("lora", 4 * rank) for key in runs):
-                best = best_rate(runs, (task, "lora", 4 * rank))
-                quadruple = at_rate(runs, task, "lora", 4 * rank, best)
-            default = at_rate(runs, task, names[0], rank, rate) or at_rate(
-                runs, task, names[1], rank, rate
-            )
+            default = at_rate(runs, task, DEFAULT, rank, rate)
             if not default:
                 continue
+            lora, quadruple, *others = (
+                at_best_rate(runs, task, method, rank)
+                for method in LONG_METHODS
+            )
             # Of the same seeds, or their differences say nothing.
             cells = [
                 {seed: x[seed] for seed in default if seed in x}
@@ -136,6 +147,32 @@ def long_runs(done):
             row = [title, rank, f"{rate:g}", *losses, closed, len(default)]
             rows.append(row)
             title = ""
+    return markdown(rows)
+
+
+def at_best_rate(runs, task, method, rank):
+    """`{seed: record}` of a method at its own best rate."""
+    if method == "lora_4r" and not any(key[1] == method for key in runs):
+        method, rank = "lora", 4 * rank
+    if not any(key[1:3] == (method, rank) for key in runs):
+        return {}
+    best = best_rate(runs, (task, method, rank))
+    return at_rate(runs, task, method, rank, best)
+
+
+def predictions(done):
+    """What restarts gain or cost, by the number of predictions; one seed."""
+    header = ["predictions a step", "steps", "LoRA", "with restarts", "change"]
+    rows = [["task", *header]]
+    for task, title, count, steps, method, rate in PREDICTIONS:
+        lora, restarts = (
+            at_rate(done.get(task, {}), task, name, 2, rate)
+            for name in ("lora", method)
+        )
+        if 0 in lora and 0 in restarts:
+            a, b = (runs[0]["test_loss"] for runs in (lora, restarts))
+            losses = [f"{a:.4f}", f"{b:.4f}", f"{100 * (b / a - 1):+.1f} %"]
+            rows.append([title, f"{count:,}", f"{steps:,}", *losses])
     return markdown(rows)
 
 

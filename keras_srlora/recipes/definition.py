@@ -84,8 +84,8 @@ class Recipe:
     The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
     2505.12433, section 3), which leaves `slots` open.
     `recipe="adaptive"`, which layers have by default, starts each pair as LoRA
-    does, trains it for a twentieth of the run, and at least for 100 steps and
-    100,000 predictions, then fuses it and restarts its slot. It leaves a run of
+    does, trains it for a twentieth of the run, and at least for 200 steps and
+    200,000 predictions, then fuses it and restarts its slot. It leaves a run of
     fewer than 1,000 steps or 1,000,000 predictions alone: that is plain LoRA.
     `recipe="lora_restarts"` does the same in the first half of a run of any
     length, once for each direction, and with all moments at zero.
@@ -269,11 +269,11 @@ RECIPES = {
         LORA_RESTARTS,
         slots="shared",
         schedule="by_life",
-        steps_per_pair=100,
+        steps_per_pair=200,
         pair_life=0.05,
         turns=6,
-        predictions_per_pair=100_000,
-        lives_per_run=10,
+        predictions_per_pair=200_000,
+        lives_per_run=5,
         reuse_directions=True,
         stop=0.85,
     ),

@@ -188,3 +188,72 @@ def test_second_moments_of_new_pairs_are_the_mean_of_the_layers_pairs():
     shared = keras.ops.convert_to_numpy(treat("second_moment", values))
     np.testing.assert_allclose(shared, [values.mean(axis=0)] * 3)
     assert not np.any(keras.ops.convert_to_numpy(treat("first_moment", values)))
+
+
+def three_layers(recipe):
+    keras.utils.set_random_seed(3)
+    inputs = x = keras.Input((12,))
+    for index in range(3):
+        x = keras.layers.Dense(12, activation="tanh", name=f"in_{index}")(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    keras_srlora.enable_srlora(
+        model, 2, target_layer_names=["in_."], recipe=recipe
+    )
+    model.compile("adam", "mse")
+    return model
+
+
+def turns_of(events):
+    return [(event.step, event.layer.rsplit("/")[-1]) for event in events]
+
+
+def test_layers_take_turns():
+    # A life is 12: each layer is due every 6 steps, one every second step.
+    recipe = quick(steps_per_pair=12, turns=3, lives_per_run=1)
+    events = turns_of(fit(three_layers(recipe), RecompositionCallback(), 5))
+    expected = [(s, f"in_{(s - 6) // 2 % 3}") for s in range(6, 34, 2)]
+    assert events == expected
+    # An interval is one for all layers.
+    events = fit(three_layers(recipe), RecompositionCallback(interval=30), 5)
+    assert turns_of(events) == [(30, f"in_{i}") for i in range(3)]
+
+
+def test_a_run_goes_on_with_its_turns_and_its_life(tmp_path):
+    """Killed after an epoch, between the turns of two layers."""
+    recipe = quick(
+        steps_per_pair=1, predictions_per_pair=240, turns=3, lives_per_run=1
+    )
+    whole = three_layers(recipe)
+    expected = turns_of(fit(whole, RecompositionCallback(), 6))
+    data = regression_data(np.random.default_rng(0))
+    first, second = three_layers(recipe), three_layers(recipe)
+    found = []
+    for model, begin, end in ((first, 0, 3), (second, 3, 6)):
+        if begin:
+            model.fit(*data, batch_size=8, epochs=1, verbose=0)
+            model.load_weights(tmp_path / "a.weights.h5")
+        keras.utils.set_random_seed(9)
+        callback = RecompositionCallback()
+        model.fit(
+            *data,
+            batch_size=8,
+            initial_epoch=begin,
+            # The length of the whole run; it is stopped in its middle.
+            epochs=6,
+            verbose=0,
+            callbacks=[callback, StopAfter(end)],
+        )
+        model.save_weights(tmp_path / "a.weights.h5")
+        found += turns_of(callback.events)
+    assert found == expected
+    assert [step for step, _ in found][:2] == [5, 7]
+
+
+class StopAfter(keras.callbacks.Callback):
+    def __init__(self, epochs):
+        super().__init__()
+        self.epochs = epochs
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch + 1 == self.epochs:
+            self.model.stop_training = True
