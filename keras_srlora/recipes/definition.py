@@ -72,7 +72,7 @@ class Recipe:
             life of the three is taken.
         lives_per_run: int. Lives of a pair in the shortest run that is
             recomposed at all; a shorter one is plain LoRA (or PiSSA, as it
-            starts).
+            starts). `1`: any run.
         reuse_directions: bool. Whether directions come again once pairs started
             along all of them, so that they never run out. For pairs that
             subtract nothing (`start="lora"`, `scale="as_lora"`).

@@ -97,8 +97,9 @@ class Pace:
     @property
     def is_too_short(self) -> bool:
         """Whether the recipe leaves a run of this length alone."""
-        needed = self.recipe.lives_per_run * self.life
-        return 0 < self.total_steps < needed and self.interval is None
+        lives = self.recipe.lives_per_run
+        short = 0 < self.total_steps < lives * self.life
+        return short and lives > 1 and self.interval is None
 
     @property
     def wants_predictions(self) -> bool:

@@ -307,13 +307,12 @@ def run_script(backend, tmp_path, *arguments, keras_backend=BACKEND):
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_script_learns_and_recomposes(recipe, tmp_path):
     """With its own recipe in a run that is long enough for it."""
-    # Two layers of six turns: the second follows a twelfth of a life later.
+    # Of six turns two have a layer; a life is 200, of two pairs each.
     steps = 1000
     expected = [
         (str(step + later), layer)
-        for step in range(50, 850, 50)
-        for later, layer in ((0, "hidden_1"), (9, "hidden_2"))
-        if step + later < 850
+        for step in range(100, 850, 100)
+        for later, layer in ((0, "hidden_1"), (17, "hidden_2"))
     ]
     arguments = [f"--steps={steps}"]
     if recipe == "paper":
