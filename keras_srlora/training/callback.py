@@ -15,7 +15,6 @@ from keras_srlora.training import resume
 from keras_srlora.training import wrapping
 from keras_srlora.training.losses import LossReader
 from keras_srlora.training.losses import warn_of_no_loss
-from keras_srlora.training.predictions import predictions_per_step
 from keras_srlora.training.recomposer import COMPANION
 from keras_srlora.training.recomposer import Recomposer
 from keras_srlora.training.recomposition import Recomposition
@@ -25,16 +24,14 @@ class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
     Without arguments it follows the recipe of the layers. The default recipe,
-    `"adaptive"`, trains each pair for a tenth of the run and at least 200
-    steps, then fuses it into the kernel and restarts its slot; after 0.85 of
-    the run the last pairs train on. A run of fewer than 1,000 steps is plain
-    LoRA.
+    `"adaptive"`, trains each pair for a twentieth of the run, at least 200
+    steps and 200,000 predictions (tokens, values or labels). Then it fuses the
+    pair and restarts its slot, until 0.85 of the run. A run of fewer than five
+    such lives is plain LoRA; `verbose=1` says so.
 
-    Expect a gain where the update that a task needs has a higher rank than the
-    adapter, data are plenty, and the run has thousands of steps.
-
-    The length of the run is `epochs` times the steps of an epoch. Where the
-    data set has no size, it is known after the first epoch.
+    Expect a gain in long runs whose task needs an update of a higher rank. The
+    length of a run is `epochs` times the steps of an epoch; where the data set
+    has no size, it is known after the first epoch.
 
     During `fit` the optimizer is wrapped in a `SensitivityOptimizer`; after it
     the model has its own optimizer back. A step is a batch of `fit`; with
@@ -224,7 +221,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         )
         self._step = self._epoch_start + batch
         if batch and recomposer.pace.wants_predictions:
-            found = predictions_per_step(self.model, batch)
+            found = wrapping.predictions_per_step(self.model, batch)
             recomposer.pace.report_predictions(found)
         if recomposer.is_due(self._step):
             # On JAX variables are not up to date during an epoch; the public

@@ -51,57 +51,73 @@ OF_VECTORS = (
 )
 
 
-def predictions_per_step(model, steps):
-    """Predictions that the loss compares with targets, on the average.
+class PredictionCounter:
+    """Notes what a model's loss compares, where `fit` traces or runs a step.
 
-    Args:
-        model: the model that `fit` trains.
-        steps: int. Steps of the epoch that are done, at least one. Validation,
-            at the end of an epoch, counts other examples.
-
-    Returns:
-        A float; `None` where the model does not say: it has no `outputs` or a
-        sequence of any length, or its loss is not one of Keras.
+    Attributes:
+        shapes: list of the shapes of the predictions, without the batch;
+            `None` before the first step, or where a `train_step` of one's own
+            does not call `compute_loss`.
+        names: list of the outputs' names, in the order of `shapes`, where the
+            model returns a dict.
     """
-    per_example = predictions_per_example(model)
-    metric = keras_private.loss_metric(model)
-    if per_example is None or metric is None:
-        return None
-    # Keras weights the mean of its losses with the number of examples.
-    examples = float(keras.ops.convert_to_numpy(metric.count))
-    examples = float(np.sum(devices.gather((examples,))))
-    return examples / steps * per_example or None
+
+    def __init__(self):
+        self.shapes: list | None = None
+        self.names: list = []
+
+    def note(self, y_pred):
+        """Takes the shapes of predictions, which may be nested."""
+        self.names = sorted(y_pred) if isinstance(y_pred, dict) else []
+        self.shapes = [tuple(x.shape)[1:] for x in keras.tree.flatten(y_pred)]
+
+    def per_step(self, model, steps):
+        """Predictions of a step, on the average over an epoch so far.
+
+        Args:
+            model: the model that `fit` trains.
+            steps: int. Steps of the epoch that are done, at least one.
+                Validation, at the end of an epoch, counts other examples.
+
+        Returns:
+            A float; `None` where the model does not say: it has sequences of
+            any length, or a loss that is not one of Keras.
+        """
+        metric = keras_private.loss_metric(model)
+        per_example = self._per_example(model)
+        if metric is None or per_example is None:
+            return None
+        # Keras weights the mean of its losses with the number of examples.
+        examples = float(keras.ops.convert_to_numpy(metric.count))
+        examples = float(np.sum(devices.gather((examples,))))
+        return examples / steps * per_example or None
+
+    def _per_example(self, model):
+        losses = self._loss_of_each(model)
+        if losses is None:
+            return None
+        counts = [
+            count_predictions(shape, keras.losses.get(loss))
+            for shape, loss in zip(self.shapes or [], losses)
+            if loss is not None
+        ]
+        return None if None in counts else sum(counts)
+
+    def _loss_of_each(self, model):
+        """What `compile` was given for each output, or `None`."""
+        loss = getattr(model, "loss", None)
+        if loss is None or self.shapes is None:
+            return None
+        if isinstance(loss, dict):
+            names = self.names or getattr(model, "output_names", [])
+            loss = [loss.get(name) for name in names]
+        if not isinstance(loss, (list, tuple)):
+            return [loss] * len(self.shapes)
+        return loss if len(loss) == len(self.shapes) else None
 
 
-def predictions_per_example(model):
-    """How many the loss of a compiled model has for one example, or `None`.
-
-    A loss of one's own does not say.
-    """
-    outputs = getattr(model, "outputs", None) or []
-    losses = _loss_of_each(outputs, model)
-    if losses is None:
-        return None
-    counts = [
-        _count(output.shape[1:], keras.losses.get(loss))
-        for output, loss in zip(outputs, losses)
-        if loss is not None
-    ]
-    return None if None in counts else sum(counts) or None
-
-
-def _loss_of_each(outputs, model):
-    """What `compile` was given for each output."""
-    loss = getattr(model, "loss", None)
-    if isinstance(loss, dict):
-        loss = [loss.get(name) for name in model.output_names]
-    if not isinstance(loss, (list, tuple)):
-        return [loss] * len(outputs)
-    return loss if len(loss) == len(outputs) else None
-
-
-def _count(shape, loss):
-    """Predictions in an output, whose shape lacks the batch."""
+def count_predictions(shape, loss):
+    """Predictions in an output of a shape without the batch, or `None`."""
     if not _is_one_of(loss, OF_VALUES):
         if not _is_one_of(loss, OF_VECTORS):
             return None

@@ -7,8 +7,10 @@ with the model for the next `fit`, which then compiles nothing.
 
 import keras
 
+from keras_srlora.backend import keras_compiled
 from keras_srlora.backend import keras_private
 from keras_srlora.training.optimizer import SensitivityOptimizer
+from keras_srlora.training.predictions import PredictionCounter
 
 
 def split_optimizer(model):
@@ -52,6 +54,11 @@ def unwrap_optimizer(model):
         kept.leave(model)
     outer, inner = split_optimizer(model)
     put_in_place(model, outer, inner)
+
+
+def predictions_per_step(model, steps):
+    """As `PredictionCounter.per_step`, of a model that `fit` trains."""
+    return keras_private.get_kept_training(model).counter.per_step(model, steps)
 
 
 def is_wrapped_by(model, wrapper):
@@ -117,6 +124,8 @@ class _Kept:
     def __init__(self, model, outer, wrapper):
         self.outer = outer
         self.wrapper = wrapper
+        # Kept like the compiled step, which is traced once.
+        self.counter = PredictionCounter()
         self._compiled = keras_private.compile_config(model)
         self._train_function = None
         self._entered = False
@@ -138,13 +147,15 @@ class _Kept:
     def enter(self, model):
         """Puts the wrapper in place, with the function compiled for it."""
         put_in_place(model, self.outer, self.wrapper)
+        keras_compiled.watch_predictions(model, self.counter)
         if not self._entered:
             # Not after a run that was interrupted: they are in place.
             self._exchange_functions(model)
             self._entered = True
 
     def leave(self, model):
-        """The inverse of `enter`; nothing where `compile` came in between."""
+        """The inverse of `enter`; of the optimizer, unless `compile` came."""
+        keras_compiled.stop_watching_predictions(model)
         if self._entered and is_wrapped_by(model, self.wrapper):
             put_in_place(model, self.outer, self.wrapper.unwrap())
             self._exchange_functions(model)

@@ -4,21 +4,10 @@ import keras
 import numpy as np
 import pytest
 
-from keras_srlora.training.predictions import predictions_per_example
-from keras_srlora.training.predictions import predictions_per_step
+import keras_srlora
+from keras_srlora.training.predictions import count_predictions
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def functional(*shapes, loss):
-    inputs = keras.Input((4,))
-    outputs = []
-    for index, shape in enumerate(shapes):
-        x = keras.layers.Dense(int(np.prod(shape)))(inputs)
-        outputs.append(keras.layers.Reshape(shape, name=f"out_{index}")(x))
-    model = keras.Model(inputs, outputs if len(shapes) > 1 else outputs[0])
-    model.compile("sgd", loss)
-    return model
 
 
 def own_loss(y_true, y_pred):
@@ -29,77 +18,143 @@ class OwnMSE(keras.losses.MeanSquaredError):
     pass
 
 
+def adapted(*shapes, loss, as_dict=False):
+    """A model with an output of each shape."""
+    inputs = keras.Input((4,))
+    outputs = {}
+    x = keras.layers.Dense(6, name="hidden")(inputs)
+    for index, shape in enumerate(shapes):
+        y = keras.layers.Dense(int(np.prod(shape)))(x)
+        name = f"out_{index}"
+        outputs[name] = keras.layers.Reshape(shape, name=name)(y)
+    if not as_dict:
+        outputs = list(outputs.values())
+        outputs = outputs if len(shapes) > 1 else outputs[0]
+    model = keras.Model(inputs, outputs)
+    keras_srlora.enable_srlora(model, 2, target_layer_names=["hidden"])
+    model.compile("sgd", loss)
+    return model
+
+
+def counted(model, x, y, **arguments):
+    """What a run finds out about its predictions."""
+    callback = keras_srlora.RecompositionCallback()
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback], **arguments)
+    assert "compute_loss" not in vars(model)
+    return callback.recomposer.pace.state.predictions
+
+
 @pytest.mark.parametrize(
-    ("shapes", "loss", "expected"),
+    ("shape", "loss", "expected"),
     [
-        ([(10,)], CROSSENTROPY, 1),
-        ([(10,)], "categorical_crossentropy", 1),
-        ([(10,)], keras.losses.KLDivergence(), 1),
-        ([(10,)], "cosine_similarity", 1),
-        ([(7, 10)], CROSSENTROPY, 7),
-        ([(6, 5, 10)], "sparse_categorical_crossentropy", 30),
-        ([(10,)], "mse", 10),
-        ([(1,)], "mae", 1),
-        ([(5, 6, 3)], keras.losses.Huber(), 90),
-        ([(4,)], "binary_crossentropy", 4),
-        ([(10,)], OwnMSE(), 10),
-        ([(10,)], own_loss, None),
-        ([(10,), (3,)], [CROSSENTROPY, "mse"], 4),
-        ([(10,), (3,)], {"out_1": "mse", "out_0": CROSSENTROPY}, 4),
-        ([(10,), (3,)], {"out_1": "mse"}, 3),
-        ([(10,), (3,)], ["mse", own_loss], None),
+        ((10,), CROSSENTROPY, 1),
+        ((10,), "categorical_crossentropy", 1),
+        ((10,), keras.losses.KLDivergence(), 1),
+        ((10,), "cosine_similarity", 1),
+        ((7, 10), CROSSENTROPY, 7),
+        ((6, 5, 10), "sparse_categorical_crossentropy", 30),
+        ((10,), "mse", 10),
+        ((1,), "mae", 1),
+        ((5, 6, 3), keras.losses.Huber(), 90),
+        ((4,), "binary_crossentropy", 4),
+        ((10,), OwnMSE(), 10),
+        ((10,), own_loss, None),
+        ((None, 10), CROSSENTROPY, None),
     ],
 )
-def test_what_the_loss_compares(shapes, loss, expected):
-    model = functional(*shapes, loss=loss)
-    assert predictions_per_example(model) == expected
+def test_what_a_loss_compares(shape, loss, expected):
+    counted = count_predictions(shape, keras.losses.get(loss))
+    assert counted == expected
 
 
-def test_what_a_model_does_not_say():
+@pytest.mark.parametrize(
+    ("loss", "as_dict", "expected"),
+    [
+        ([CROSSENTROPY, "mse"], False, 4),
+        ({"out_1": "mse", "out_0": CROSSENTROPY}, False, 4),
+        ({"out_1": "mse", "out_0": CROSSENTROPY}, True, 4),
+        (["mse", own_loss], False, 0),  # unknown
+        ("mse", False, 13),
+    ],
+)
+def test_outputs_are_added(loss, as_dict, expected):
+    model = adapted((10,), (3,), loss=loss, as_dict=as_dict)
+    x = np.ones((8, 4), "float32")
+    sparse = isinstance(loss, dict) or loss[0] is CROSSENTROPY
+    first = np.ones(8, "int32") if sparse else np.ones((8, 10), "float32")
+    y = [first, np.ones((8, 3), "float32")]
+    if isinstance(loss, dict):
+        y = dict(zip(("out_0", "out_1"), y))
+    assert counted(model, x, y) == 4 * expected
+
+
+def test_sequences_of_any_length_are_counted_as_they_come():
     tokens = keras.Input((None,), dtype="int32")
-    model = keras.Model(tokens, keras.layers.Embedding(9, 5)(tokens))
+    x = keras.layers.Embedding(9, 4)(tokens)
+    model = keras.Model(tokens, keras.layers.Dense(9, name="hidden")(x))
+    keras_srlora.enable_srlora(model, 2, target_layer_names=["hidden"])
     model.compile("sgd", CROSSENTROPY)
-    assert predictions_per_example(model) is None  # sequences of any length
+    x = np.ones((8, 5), "int32")
+    assert counted(model, x, x) == 4 * 5
 
+
+def test_a_subclass_says_it_too_and_a_second_fit_remembers():
     class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden = keras_srlora.SRLoRADense(3, rank=2)
+
         def call(self, x):
-            return x
+            return self.hidden(x)
 
     model = Subclassed()
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 3), "float32")
+    model(x)
     model.compile("sgd", "mse")
-    assert predictions_per_example(model) is None
-    # Without a loss, or not compiled at all.
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    assert predictions_per_example(model) is None
+    # The second one is not traced again.
+    for _ in range(2):
+        assert counted(model, x, y) == 12
+
+
+def test_what_a_train_step_does_not_say_is_unknown():
+    class Own(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, *args, **kwargs):
+            return keras.ops.mean(keras.ops.square(y - y_pred))
+
+    inputs = keras.Input((4,))
+    outputs = keras_srlora.SRLoRADense(3, rank=2)(inputs)
+    model = Own(inputs, outputs)
     model.compile("sgd")
-    assert predictions_per_example(model) is None
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 3), "float32")
+    assert counted(model, x, y) == 0
 
 
-class Counts(keras.callbacks.Callback):
-    """What is found before each batch but the first."""
-
-    def on_train_begin(self, logs=None):
-        self.found = []
-
-    def on_train_batch_begin(self, batch, logs=None):
-        if batch:
-            # The property brings the metrics up to date on JAX.
-            self.found.append(predictions_per_step(self.model, batch))
-
-
-def test_examples_of_a_step_are_counted():
-    model = functional((3,), loss="mse")
+def test_examples_are_counted_not_weights_nor_those_of_validation():
+    model = adapted((3,), loss="mse")
     x, y = np.ones((16, 4), "float32"), np.ones((16, 3), "float32")
-    counts = Counts()
-    # Validation has other batches, and the last weights are not equal.
-    model.fit(
+    found = counted(
+        model,
         x,
         y,
-        batch_size=4,
         epochs=2,
-        verbose=0,
         sample_weight=np.arange(16.0),
         validation_data=(x[:5], y[:5]),
-        callbacks=[counts],
     )
-    assert counts.found == [12.0] * 6
+    assert found == 12
+
+
+def test_a_compute_loss_of_the_users_own_comes_back():
+    model = adapted((3,), loss="mse")
+    compute_loss = model.compute_loss
+    calls = []
+
+    def own(*args, **kwargs):
+        calls.append(1)
+        return compute_loss(*args, **kwargs)
+
+    model.compute_loss = own
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 3), "float32")
+    callback = keras_srlora.RecompositionCallback()
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[callback])
+    assert calls and model.compute_loss is own
+    assert callback.recomposer.pace.state.predictions == 12
