@@ -49,6 +49,10 @@ ONE_THREAD = {
     "TF_NUM_INTEROP_THREADS": "1",
 }
 
+# Some containers set it. Libraries are installed without compiled files, and
+# each process would compile them again: 10 seconds of a process's start.
+KEEP_COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}
+
 
 @nox.session
 def quickstart(session):
@@ -166,7 +170,7 @@ def run_suite(session, *options, default=BACKENDS):
     failed = []
     # What the examples make once, such as presets: once for all backends.
     cache = tempfile.TemporaryDirectory()
-    shared = ONE_THREAD | {"KERAS_SRLORA_CACHE": cache.name}
+    shared = ONE_THREAD | KEEP_COMPILED | {"KERAS_SRLORA_CACHE": cache.name}
     for backend in backends(session, *default):
         session.log(f"The test suite on {backend}:")
         try:

@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 import pathlib
 
@@ -40,6 +41,17 @@ def pytest_collection_modifyitems(items):
 
 
 # Keras is imported late: pytest-xdist's first process only hands out the tests.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_no_garbage():
+    """Hides what was imported, half a million objects, from the collector.
+
+    Where layers change, the package looks through all objects for the models
+    that hold them, and some hundred tests change layers.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

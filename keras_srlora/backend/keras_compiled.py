@@ -25,11 +25,9 @@ def living_models(layers):
     wanted = set(map(id, layers))
     return [
         model
-        for model in gc.get_objects()
-        if issubclass(type(model), keras.Model)
+        for model in _living(keras.Model)
         # One whose `__init__` raised has no layers yet.
-        and hasattr(model, "_layers")
-        and inside(model) & wanted
+        if hasattr(model, "_layers") and inside(model) & wanted
     ]
 
 
@@ -58,12 +56,10 @@ def functions_that_read(variables) -> list:
     import tensorflow as tf
 
     wanted = {id(handle) for v in variables for handle in _handles(v)}
-    kind = tf.types.experimental.PolymorphicFunction
     return [
         function
-        for function in gc.get_objects()
-        if issubclass(type(function), kind)
-        and any(
+        for function in _living(tf.types.experimental.PolymorphicFunction)
+        if any(
             id(captured) in wanted
             for trace in _traces(function)
             for captured in trace.captured_inputs
@@ -74,6 +70,17 @@ def functions_that_read(variables) -> list:
 def trace_anew(function):
     """Lets a `tf.function` trace again the next time that it is called."""
     function._function_cache.clear()
+
+
+def _living(cls):
+    """All objects of this process of a class, or of one derived from it.
+
+    A process with TensorFlow has half a million objects of a thousand classes:
+    each class is asked once, whether it is derived.
+    """
+    objects = gc.get_objects()
+    classes = {c for c in set(map(type, objects)) if issubclass(c, cls)}
+    return [x for x in objects if type(x) in classes]
 
 
 def _traces(function):
