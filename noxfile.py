@@ -171,6 +171,7 @@ def run_suite(session, *options, default=BACKENDS):
     # What the examples make once, such as presets: once for all backends.
     cache = tempfile.TemporaryDirectory()
     shared = ONE_THREAD | KEEP_COMPILED | {"KERAS_SRLORA_CACHE": cache.name}
+    once = ()
     for backend in backends(session, *default):
         session.log(f"The test suite on {backend}:")
         try:
@@ -179,12 +180,15 @@ def run_suite(session, *options, default=BACKENDS):
                 # One process a core. A file's tests share what they set up;
                 # files begin in the order of tests/conftest.py.
                 *("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"),
+                *once,
                 *options,
                 *session.posargs,
                 env=shared | environment(backend),
             )
         except CommandFailed:
             failed.append(backend)
+        # What touches no backend ran on the first one.
+        once = ("-m", "not once")
     cache.cleanup()
     if failed:
         session.error(f"The test suite failed on {', '.join(failed)}.")

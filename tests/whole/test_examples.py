@@ -185,6 +185,8 @@ GLUE = {
 }
 
 
+# TensorFlow stores and reads them, whatever the backend.
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, train, validation",
     [
@@ -293,6 +295,7 @@ def test_the_head_fits_each_family_of_the_paper(examples, family, arguments):
     assert tuple(model(x).shape) == (2, 3)
 
 
+@pytest.mark.once
 def test_scores_are_those_of_glue(examples):
     import glue
 
@@ -352,11 +355,13 @@ def test_data_set_without_classes_is_refused(examples):
         vit_image_classification.check_features(tfds.builder("glue/sst2").info)
 
 
+@pytest.mark.once
 def test_data_set_without_stand_in_is_refused(data, tmp_path):
     with pytest.raises(SystemExit, match="cifar100 has no stand-in"):
         data.load("cifar100", offline=True, cache=tmp_path)
 
 
+@pytest.mark.once
 def test_missing_package_of_data_is_named(examples):
     import _packages
 
