@@ -82,7 +82,8 @@ def quick(session):
     # PyTorch compiles nothing.
     install_for_tests(session, "torch")
     # Whole models, other processes and examples take the most time.
-    run_suite(session, "--ignore=tests/whole", default=["torch"])
+    fast = ("--ignore=tests/whole", "-m", "not slow")
+    run_suite(session, *fast, default=["torch"])
 
 
 @nox.session

@@ -168,6 +168,7 @@ def trained_on(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", WAYS)
 def test_trains_on_in_another_process(make, trained_on):
     model, loaded = trained_on[make]
@@ -179,6 +180,7 @@ def test_trains_on_in_another_process(make, trained_on):
         )
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_says_what_is_missing(tmp_path):
     trained(outer_model).save(tmp_path / "model.keras")
     code = WARNINGS_ARE_ERRORS + LOAD_ONLY
@@ -200,6 +202,7 @@ def test_everything_is_as_frozen_as_it_was(tmp_path):
     assert [type(x).__name__ for x in loaded._flatten_layers()] == types
 
 
+@pytest.mark.slow
 def test_a_merged_model_needs_no_package_to_be_read(tmp_path):
     model = trained(task)
     keras_srlora.merge_srlora(model)

@@ -654,6 +654,7 @@ for size in (0, 100, 500, 2000):
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_former_export_for_kerashub(tmp_path):
     """In a process of its own: HDF5 may take the whole process with it."""
     folder = tmp_path / "exports"

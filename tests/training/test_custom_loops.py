@@ -290,6 +290,7 @@ def start_script(folder, *arguments, backend=BACKEND):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_script_learns_and_recomposes(recipe, tmp_path):
     """With its own recipe in a run that is long enough for it."""
@@ -314,6 +315,7 @@ def test_script_learns_and_recomposes(recipe, tmp_path):
     assert float(after) > float(before) + 0.2
 
 
+@pytest.mark.slow
 def test_script_refuses_another_backend(tmp_path):
     """The script of this backend; the suites of the others run theirs."""
     other = "jax" if BACKEND != "jax" else "torch"
