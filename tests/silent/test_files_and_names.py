@@ -141,6 +141,7 @@ UNBUILT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNBUILT)
 def test_a_file_of_layers_without_build_loads(kind, rng, tmp_path):
     model, x = UNBUILT[kind](), ids(rng)
@@ -162,6 +163,7 @@ def test_a_file_of_layers_without_build_loads(kind, rng, tmp_path):
         assert_close(called(again, x), pretrained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["block", "several"])
 def test_a_file_of_layers_without_build_trains_on(kind, rng, tmp_path):
     """As `ModelCheckpoint` writes it in `fit`."""
