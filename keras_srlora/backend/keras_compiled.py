@@ -7,12 +7,14 @@ no public way to let a `tf.function` trace anew. Where TensorFlow has no such
 attribute, only the functions that models keep are dropped.
 """
 
+import functools
 import gc
 
 import keras
 
 from keras_srlora.backend.keras_private import inside
 from keras_srlora.backend.keras_private import keep_training
+from keras_srlora.backend.keras_private import variables_held
 
 
 def living_models(layers):
@@ -31,6 +33,28 @@ def living_models(layers):
     ]
 
 
+def living_holders(variables):
+    """All layers of this process that hold one of some variables (ids).
+
+    Whether they are a part of a model or not. What only garbage holds is gone.
+    """
+    found = _holders(variables)
+    if len(found) > len(variables):
+        gc.collect()
+        found = _holders(variables)
+    return found
+
+
+def _holders(variables):
+    return [
+        layer
+        for layer in gc.get_objects()
+        if issubclass(type(layer), keras.layers.Layer)
+        and hasattr(layer, "_non_trainable_variables")
+        and any(id(v) in variables for v in variables_held(layer))
+    ]
+
+
 def drop_compiled_functions(model):
     """Makes the model trace its functions anew the next time.
 
@@ -46,11 +70,15 @@ def drop_compiled_functions(model):
 
 
 def functions_that_read(variables) -> list:
-    """The living `tf.function`s whose traces read one of some variables.
+    """The living functions whose traces read one of some variables.
 
-    Those of the user, too, whatever they are attributes of. A concrete function
-    or an exported model is beyond reach: it has nothing to trace.
+    Those of the user, too, whatever they are attributes of. What was compiled
+    for good is beyond reach: a concrete function, an exported model, what
+    `lower().compile()` returned. What a trace of JAX reads cannot be told:
+    there it is every `jax.jit` function that no library made.
     """
+    if keras.backend.backend() == "jax":
+        return _jitted_functions()
     if keras.backend.backend() != "tensorflow":
         return []
     import tensorflow as tf
@@ -68,8 +96,33 @@ def functions_that_read(variables) -> list:
 
 
 def trace_anew(function):
-    """Lets a `tf.function` trace again the next time that it is called."""
-    function._function_cache.clear()
+    """Lets a function trace again the next time that it is called."""
+    if keras.backend.backend() == "jax":
+        function.clear_cache()
+    else:
+        function._function_cache.clear()
+
+
+def _jitted_functions():
+    import jax
+
+    kind = type(jax.jit(len))
+    found = [x for x in gc.get_objects() if type(x) is kind]
+    return [x for x in found if not _is_of_a_library(x)]
+
+
+def _is_of_a_library(function):
+    """Whether a function is one of JAX or Keras, and no method of a layer."""
+    while True:
+        if isinstance(getattr(function, "__self__", None), keras.layers.Layer):
+            return False
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            module = str(getattr(function, "__module__", ""))
+            return module.partition(".")[0] in ("jax", "jaxlib", "keras")
 
 
 def _living(cls):
