@@ -1,6 +1,7 @@
 """Where KerasHub saves presets, which it tells no other way."""
 
 import sys
+from typing import Any
 
 
 def saves_a_preset():
@@ -9,7 +10,7 @@ def saves_a_preset():
     A task asks for the config of its backbone before it writes anything, and
     tells it in no other way what for.
     """
-    frame = sys._getframe()
+    frame: Any = sys._getframe()
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         name = frame.f_code.co_name

@@ -9,6 +9,7 @@ A pinned variable moves to the second list and keeps its place in the order.
 
 import sys
 import warnings
+from typing import Any
 
 import keras
 
@@ -133,7 +134,8 @@ def _sets_one_layer():
     The setter of `Layer.trainable` calls those of the layers inside.
     """
     setter = keras.layers.Layer.trainable.fset.__code__
-    frame, calls = sys._getframe(), 0
+    frame: Any = sys._getframe()
+    calls = 0
     while frame is not None:
         calls += frame.f_code is setter
         frame = frame.f_back

@@ -38,6 +38,8 @@ class LayerPath(str):
     not say which one is meant.
     """
 
+    _layer: weakref.ref
+
     def __new__(cls, path, layer):
         made = super().__new__(cls, path)
         made._layer = weakref.ref(layer)
