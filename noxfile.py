@@ -49,6 +49,10 @@ ONE_THREAD = {
     "TF_NUM_INTEROP_THREADS": "1",
 }
 
+# Some containers set it. Libraries are installed without compiled files, and
+# each process would compile them again: 10 seconds of a process's start.
+KEEP_COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}
+
 
 @nox.session
 def quickstart(session):
@@ -78,7 +82,8 @@ def quick(session):
     # PyTorch compiles nothing.
     install_for_tests(session, "torch")
     # Whole models, other processes and examples take the most time.
-    run_suite(session, "--ignore=tests/whole", default=["torch"])
+    fast = ("--ignore=tests/whole", "-m", "not slow")
+    run_suite(session, *fast, default=["torch"])
 
 
 @nox.session
@@ -166,7 +171,8 @@ def run_suite(session, *options, default=BACKENDS):
     failed = []
     # What the examples make once, such as presets: once for all backends.
     cache = tempfile.TemporaryDirectory()
-    shared = ONE_THREAD | {"KERAS_SRLORA_CACHE": cache.name}
+    shared = ONE_THREAD | KEEP_COMPILED | {"KERAS_SRLORA_CACHE": cache.name}
+    once = ()
     for backend in backends(session, *default):
         session.log(f"The test suite on {backend}:")
         try:
@@ -175,12 +181,15 @@ def run_suite(session, *options, default=BACKENDS):
                 # One process a core. A file's tests share what they set up;
                 # files begin in the order of tests/conftest.py.
                 *("-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder"),
+                *once,
                 *options,
                 *session.posargs,
                 env=shared | environment(backend),
             )
         except CommandFailed:
             failed.append(backend)
+        # What touches no backend ran on the first one.
+        once = ("-m", "not once")
     cache.cleanup()
     if failed:
         session.error(f"The test suite failed on {', '.join(failed)}.")

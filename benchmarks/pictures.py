@@ -106,7 +106,7 @@ def draw(runs, scheme):
     ax.set_xlim(0, steps)
     save(ax, "loss", scheme)
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for ax, label in zip(axes, (DEFAULT, PAPER)):
         plots.plot_active_directions(
             adapters[label], layer=LAYER, total_steps=steps, ax=ax
@@ -129,6 +129,7 @@ def style(scheme):
     background, text, lines = SCHEMES[scheme]
     of_text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
     return {
+        "font.size": 12,  # read on a phone as well
         "figure.facecolor": background,
         "axes.facecolor": background,
         "savefig.facecolor": background,

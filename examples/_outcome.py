@@ -57,6 +57,14 @@ def show(runs):
     )
 
 
+def too_short(run):
+    """What to know of an SRLoRA run without recompositions."""
+    return (
+        f"{len(run.losses)} steps are too few to recompose, so SRLoRA was "
+        "plain LoRA here.\nThe README's picture shows a longer run."
+    )
+
+
 def save_text(text, folder):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

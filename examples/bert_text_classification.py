@@ -78,10 +78,7 @@ def summary(runs, validation_examples):
             "for this task, so there is little to win."
         )
     else:
-        remark = (
-            f"{len(ours.losses)} steps are too few to recompose, so it was "
-            "plain LoRA here.\nThe README's picture shows a longer run."
-        )
+        remark = _outcome.too_short(ours)
     return (
         f"SRLoRA {outcome} Keras's LoRA: accuracy {a:.3f} and {b:.3f}, where "
         f"{noise:.3f} are two\nstandard errors. It took "

@@ -140,7 +140,7 @@ def plot_active_directions(run, *, layer=None, total_steps=None, ax=None):
         ax.barh(row, end - begin, height, left=begin, color=f"C{slot % 10}")
     ax.set_xlim(0, total)
     ax.set_xlabel("step")
-    ax.set_ylabel("singular direction (0: none yet, 1: the largest)")
+    ax.set_ylabel("singular direction (0: none yet)")
     ax.set_title(f"{chosen.path}\na colour for each slot", fontsize="medium")
     return ax
 

@@ -1,6 +1,6 @@
-"""Child processes that find Keras imported.
+"""Child processes that find Keras and KerasHub imported.
 
-They are forked from a process that imported Keras and its backend and did
+They are forked from a process that imported these and the backend, and did
 nothing else. The import is most of the time that a small script takes.
 """
 
@@ -10,7 +10,8 @@ import runpy
 import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["keras"])
+# What is not installed is passed over.
+CONTEXT.set_forkserver_preload(["keras", "keras_hub"])
 
 
 class Child:
@@ -36,7 +37,7 @@ class Child:
         self._process.join()
 
     def assert_ends(self, exit_code=0, timeout=900):
-        """Waits for the child; `-n` is the exit code of signal `n`."""
+        """Returns what the child printed; `-n` is the code of signal `n`."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             # It may wait for another one that failed.
@@ -44,6 +45,7 @@ class Child:
         with open(self._log, errors="replace") as file:
             printed = file.read()
         assert self._process.exitcode == exit_code, printed[-4000:]
+        return printed
 
 
 def run_script(path, arguments):
@@ -53,6 +55,12 @@ def run_script(path, arguments):
     sys.path.insert(0, folder)
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
+
+
+def run_code(code, arguments=()):
+    """What `python -c code arguments...` does."""
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
 
 
 def _run(log, environment, function, arguments):

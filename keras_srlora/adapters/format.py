@@ -14,6 +14,7 @@ from keras_srlora.functional.fingerprint import fingerprint
 from keras_srlora.functional.fingerprint import is_fingerprint
 from keras_srlora.layers import pairs
 from keras_srlora.layers.kinds import PLAIN
+from keras_srlora.layers.kinds import plain_class
 from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.paths import variable_paths
 from keras_srlora.layers.record import EVENT
@@ -110,14 +111,11 @@ def record_of(arrays):
     return Record.from_arrays({**arrays, FORMAT_NAME: FORMAT})
 
 
-def describe(layer):
-    """The metadata of a layer."""
-    added = {
-        "use_rslora": layer.use_rslora,
-        "modules_to_save": list(layer.modules_to_save),
-    }
+def describe(layer, path, modules):
+    """The metadata of a layer, with the paths in its model."""
+    added = {"use_rslora": layer.use_rslora, "modules_to_save": modules}
     return {
-        "path": layer.path,
+        "path": path,
         "class": PLAIN[type(layer)].__name__,
         "equation": getattr(layer, "equation", None),
         "kernel_shape": list(keras_private.kernel_shape(layer)),
@@ -261,12 +259,13 @@ def _descriptions(metadata, filepath):
 
 def is_plain(layer):
     """Whether a layer is one that an adapter can be loaded into."""
-    return type(layer) in PLAIN.values()
+    return plain_class(layer) in PLAIN.values()
 
 
 def _check_fits(layer, saved, arrays, filepath, any_rank):
     path, file = saved["path"], str(filepath)
-    plain = type(layer) if is_plain(layer) else PLAIN.get(type(layer))
+    kind = plain_class(layer)
+    plain = kind if is_plain(layer) else PLAIN.get(kind)
     if plain is None or plain.__name__ != saved["class"]:
         raise ValueError(
             f"{file!r} is for a {saved['class']} at {path!r}. "

@@ -7,6 +7,7 @@ import math
 import keras
 
 from keras_srlora.adapters.combine import combined
+from keras_srlora.adapters.moments import put_moments
 from keras_srlora.adapters.others import warn_of_trained
 from keras_srlora.adapters.save_load import clear
 from keras_srlora.adapters.save_load import put_on
@@ -40,7 +41,8 @@ def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
     exporting and merging act on the current one.
 
     A fresh adapter computes the same as the pretrained kernels. The other
-    trained variables keep their values.
+    trained variables keep their values. Optimizers start anew, at step 0: each
+    adapter is trained as if it had an optimizer of its own.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -85,6 +87,7 @@ def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
             clear(layer)
             a = layer.factors[0]
             a.assign(pairs.a_initializer(layer)(a.shape, dtype=a.dtype))
+        put_moments(adapters.layers, [])
     else:
         put_on(model, *checked)
     return _make_current(adapters, model, name, kept)
@@ -94,8 +97,10 @@ def set_adapter(model: keras.Model, name: str) -> str:
     """Makes another adapter current; the present one is kept.
 
     Nothing is converted, and compiled functions stay, unless the scale of the
-    factors (`lora_alpha`) is another one. Compile the model again before you
-    train the adapter: the optimizer's moments are those of the last one.
+    factors (`lora_alpha`) is another one. Training goes on where it was: the
+    optimizer has the moments and the step that the adapter was left with, and
+    its learning rate stays. Of an optimizer that the adapter was never trained
+    with, it starts anew, at step 0.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -198,6 +203,7 @@ def combine_adapters(
             a, b, record = of_layer
             arguments = {x: getattr(layer, x) for x in ARGUMENTS}
             pairs.restore_adapter(layer, a, b, arguments, record)
+    put_moments(adapters.layers, [])
     return _make_current(adapters, model, name, kept)
 
 

@@ -9,16 +9,36 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
+from keras_srlora.backend import keras_pinned
+from keras_srlora.backend import keras_private
 from keras_srlora.conversion.freezing import pretrained_variables
+from keras_srlora.layers.base import SRLoRALayer
 
 # Keras lets the optimizer count the scales of float8 layers.
 OF_FLOAT8 = ("_scale", "_amax_history")
 
 
 def trainable_beside(model: keras.Model, layers) -> list:
-    """The trainable variables of a model that are no factors of its layers."""
+    """What training changes of a model beside the factors of its layers.
+
+    The other trainable variables, and what their layers update by themselves,
+    the moving averages of batch normalization.
+    """
     factors = {id(v) for layer in layers for v in layer.factors}
-    return [v for v in model.trainable_variables if id(v) not in factors]
+    trained = [v for v in model.trainable_variables if id(v) not in factors]
+    return [*trained, *_moving_averages(model)]
+
+
+def _moving_averages(model):
+    if not model.trainable:
+        return []
+    found = []
+    for layer in keras_private.flatten_layers(model):
+        if layer.trainable and not isinstance(layer, SRLoRALayer):
+            trained = set(map(id, keras_pinned.own_variables(layer)))
+            held = keras_private.variables_held(layer)
+            found += [v for v in held if id(v) not in trained]
+    return found
 
 
 def trained_beside(model: keras.Model, layers) -> list:

@@ -15,12 +15,14 @@ from keras_srlora.adapters.format import FACTORS
 from keras_srlora.adapters.format import KIND
 from keras_srlora.adapters.format import TRAINABLE
 from keras_srlora.adapters.format import is_plain
+from keras_srlora.adapters.moments import put_moments
 from keras_srlora.adapters.others import check_finite_variables
 from keras_srlora.adapters.others import to_numpy
 from keras_srlora.adapters.others import trainable_beside
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import check_paths
 from keras_srlora.conversion.enable import convert_plain
+from keras_srlora.conversion.freezing import module_paths
 from keras_srlora.conversion.freezing import saved_variables
 from keras_srlora.conversion.holders import Holders
 from keras_srlora.conversion.targets import check_model
@@ -99,7 +101,9 @@ def save_adapter(
         for name, array in file_format.layer_arrays(layer).items():
             tensors[f"{paths[id(layer)]}/{name}"] = array
         described.append(
-            {**file_format.describe(layer), "path": paths[id(layer)]}
+            file_format.describe(
+                layer, paths[id(layer)], module_paths(model, layer)
+            )
         )
     for variable in saved:
         path = of_variables[id(variable)]
@@ -116,8 +120,8 @@ def load_adapter(model: keras.Model, filepath) -> list:
     The layers that the file names are converted where they are plain ones, as
     `enable_srlora` does; training can go on from there. An adapter that the
     model has is replaced: SRLoRA layers that the file does not name are
-    pretrained ones again. Everything is checked before anything is
-    changed.
+    pretrained ones again, and optimizers start anew, at step 0. Everything is
+    checked before anything is changed.
 
     Args:
         model: a built `keras.Model` of the same pretrained weights: plain, or
@@ -205,6 +209,7 @@ def put_on(model, plans, others):
     for variable, array in others:
         variable.assign(array)
     holders.follow()
+    put_moments(_adapted(model), [])
     return named
 
 

@@ -11,6 +11,8 @@ from keras import ops
 from keras_srlora.adapters.combine import Part
 from keras_srlora.adapters.combine import part_of
 from keras_srlora.adapters.format import has_fingerprint
+from keras_srlora.adapters.moments import keep_moments
+from keras_srlora.adapters.moments import put_moments
 from keras_srlora.adapters.others import trainable_beside
 from keras_srlora.adapters.save_load import clear
 from keras_srlora.backend import devices
@@ -63,10 +65,17 @@ class LayerState(NamedTuple):
 
 @dataclasses.dataclass
 class Adapter:
-    """One adapter: its part in each layer, and the other trained values."""
+    """One adapter: its part in each layer, and the other trained values.
+
+    Attributes:
+        layers: list of `LayerState`.
+        variables: list of `(variable, array)`.
+        moments: the states of its optimizers, from `keep_moments`.
+    """
 
     layers: list[LayerState]
     variables: list[tuple]
+    moments: list[tuple]
 
     def state_of(self, layer) -> LayerState | None:
         """Its part in one layer, or `None`."""
@@ -101,6 +110,7 @@ class Adapters:
         return Adapter(
             [_state_of(layer) for layer in self.layers],
             [(v, _on_host(v)) for v in variables],
+            keep_moments(self.layers),
         )
 
     def check_kernels(self, adapter) -> None:
@@ -133,6 +143,7 @@ class Adapters:
             layer.companions.restore(state.companions)
         for variable, value in adapter.variables:
             variable.assign(value)
+        put_moments(self.layers, adapter.moments)
 
     def attach(self, model) -> None:
         """Lets all SRLoRA layers of a model take part."""

@@ -7,12 +7,14 @@ no public way to let a `tf.function` trace anew. Where TensorFlow has no such
 attribute, only the functions that models keep are dropped.
 """
 
+import functools
 import gc
 
 import keras
 
 from keras_srlora.backend.keras_private import inside
 from keras_srlora.backend.keras_private import keep_training
+from keras_srlora.backend.keras_private import variables_held
 
 
 def living_models(layers):
@@ -25,11 +27,31 @@ def living_models(layers):
     wanted = set(map(id, layers))
     return [
         model
-        for model in gc.get_objects()
-        if issubclass(type(model), keras.Model)
+        for model in _living(keras.Model)
         # One whose `__init__` raised has no layers yet.
-        and hasattr(model, "_layers")
-        and inside(model) & wanted
+        if hasattr(model, "_layers") and inside(model) & wanted
+    ]
+
+
+def living_holders(variables):
+    """All layers of this process that hold one of some variables (ids).
+
+    Whether they are a part of a model or not. What only garbage holds is gone.
+    """
+    found = _holders(variables)
+    if len(found) > len(variables):
+        gc.collect()
+        found = _holders(variables)
+    return found
+
+
+def _holders(variables):
+    return [
+        layer
+        for layer in gc.get_objects()
+        if issubclass(type(layer), keras.layers.Layer)
+        and hasattr(layer, "_non_trainable_variables")
+        and any(id(v) in variables for v in variables_held(layer))
     ]
 
 
@@ -48,22 +70,24 @@ def drop_compiled_functions(model):
 
 
 def functions_that_read(variables) -> list:
-    """The living `tf.function`s whose traces read one of some variables.
+    """The living functions whose traces read one of some variables.
 
-    Those of the user, too, whatever they are attributes of. A concrete function
-    or an exported model is beyond reach: it has nothing to trace.
+    Those of the user, too, whatever they are attributes of. What was compiled
+    for good is beyond reach: a concrete function, an exported model, what
+    `lower().compile()` returned. What a trace of JAX reads cannot be told:
+    there it is every `jax.jit` function that no library made.
     """
+    if keras.backend.backend() == "jax":
+        return _jitted_functions()
     if keras.backend.backend() != "tensorflow":
         return []
     import tensorflow as tf
 
     wanted = {id(handle) for v in variables for handle in _handles(v)}
-    kind = tf.types.experimental.PolymorphicFunction
     return [
         function
-        for function in gc.get_objects()
-        if issubclass(type(function), kind)
-        and any(
+        for function in _living(tf.types.experimental.PolymorphicFunction)
+        if any(
             id(captured) in wanted
             for trace in _traces(function)
             for captured in trace.captured_inputs
@@ -72,8 +96,44 @@ def functions_that_read(variables) -> list:
 
 
 def trace_anew(function):
-    """Lets a `tf.function` trace again the next time that it is called."""
-    function._function_cache.clear()
+    """Lets a function trace again the next time that it is called."""
+    if keras.backend.backend() == "jax":
+        function.clear_cache()
+    else:
+        function._function_cache.clear()
+
+
+def _jitted_functions():
+    import jax
+
+    kind = type(jax.jit(len))
+    found = [x for x in gc.get_objects() if type(x) is kind]
+    return [x for x in found if not _is_of_a_library(x)]
+
+
+def _is_of_a_library(function):
+    """Whether a function is one of JAX or Keras, and no method of a layer."""
+    while True:
+        if isinstance(getattr(function, "__self__", None), keras.layers.Layer):
+            return False
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            module = str(getattr(function, "__module__", ""))
+            return module.partition(".")[0] in ("jax", "jaxlib", "keras")
+
+
+def _living(cls):
+    """All objects of this process of a class, or of one derived from it.
+
+    A process with TensorFlow has half a million objects of a thousand classes:
+    each class is asked once, whether it is derived.
+    """
+    objects = gc.get_objects()
+    classes = {c for c in set(map(type, objects)) if issubclass(c, cls)}
+    return [x for x in objects if type(x) in classes]
 
 
 def _traces(function):

@@ -5,6 +5,15 @@ optimizer for other variables. A new one from its config would lose schedules
 and arguments of the user's classes, which a config does not hold.
 """
 
+import contextlib
+import gc
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_srlora.backend import devices
+
 
 def trains_exactly(optimizer, variables) -> bool:
     """Whether a built optimizer was built for these variables.
@@ -46,6 +55,61 @@ def build_again(optimizer, variables):
         own = [v for v in own if id(v) in held]
         _set_variables(part, [*own, *part._variables])
         part._iterations.assign(0)
+
+
+def living_optimizers(variables) -> list:
+    """The optimizers of Keras that were built for one of some variables.
+
+    Whatever holds them, a model or a loop; what wraps another one is left out.
+    """
+    wanted = set(map(id, variables))
+    return [
+        optimizer
+        for optimizer in gc.get_objects()
+        if issubclass(type(optimizer), keras.optimizers.Optimizer)
+        and not hasattr(optimizer, "unwrap")
+        and not hasattr(optimizer, "inner_optimizer")
+        and getattr(optimizer, "built", False)
+        and not wanted.isdisjoint(map(id, optimizer._trainable_variables))
+    ]
+
+
+def state_of(optimizer) -> list:
+    """Copies of the steps and slots of a built optimizer, on the host.
+
+    Its learning rate is left out, which a user or a callback has set. Private:
+    `Optimizer._variables`, `Optimizer._learning_rate`.
+    """
+    tensors = map(ops.convert_to_tensor, _state(optimizer))
+    return [np.array(devices.to_numpy(x)) for x in tensors]
+
+
+def set_state(optimizer, state) -> None:
+    """Gives an optimizer the state that `state_of` returned."""
+    for variable, value in zip(_state(optimizer), state, strict=True):
+        variable.assign(value)
+
+
+def initial_state(optimizer) -> list:
+    """The state of an optimizer as it is when it has just been built.
+
+    It is built again, and is as it was afterwards but for the step.
+    """
+    attributes = dict(vars(optimizer))
+    strategy = getattr(optimizer, "_distribution_strategy", None)
+    try:
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            build_again(optimizer, list(optimizer._trainable_variables))
+        return state_of(optimizer)
+    finally:
+        vars(optimizer).clear()
+        vars(optimizer).update(attributes)
+        _set_variables(optimizer, optimizer._variables)
+
+
+def _state(optimizer):
+    rate = optimizer._learning_rate
+    return [v for v in optimizer._variables if v is not rate]
 
 
 def _set_variables(optimizer, variables):

@@ -7,6 +7,12 @@ A pinned variable moves to the second list and keeps its place in the order.
 `tests/backend/test_keras_private.py` fails when Keras changes this.
 """
 
+import sys
+import warnings
+from typing import Any
+
+import keras
+
 
 class _InOrder(list):
     """The second list of a layer, with pinned variables among the others.
@@ -80,7 +86,8 @@ def trainable_before(layer):
 
 
 def unpin(layer):
-    """Undoes `pin`; the variables stay frozen until they are thawed."""
+    """Undoes `pin` and `hold`; variables stay frozen until they are thawed."""
+    vars(layer).pop(HOOK, None)
     if not has_pins(layer):
         return
     own, pinned = own_variables(layer), _ids(pinned_variables(layer))
@@ -88,12 +95,70 @@ def unpin(layer):
     _replace(layer, own, others)
 
 
+def hold(layer):
+    """Freezes a layer with pins; thawing an outer one passes it by.
+
+    Its flag is `False` then, which a config says and which lets batch
+    normalization use its moving averages, and leave them as they are. Private:
+    `Layer._setattr_hook`, which `Layer.__setattr__` calls.
+    """
+    set_own_trainable(layer, False)
+    vars(layer)[HOOK] = _StaysFrozen(layer)
+
+
+def is_held(layer):
+    """Whether `hold` was called for a layer, and `unpin` was not."""
+    return HOOK in vars(layer)
+
+
+HOOK = "_setattr_hook"
+
+
+class _StaysFrozen:
+    """What a layer calls with each attribute that is about to be set."""
+
+    def __init__(self, layer):
+        self._layer = layer
+
+    def __call__(self, name, value):
+        if name == "_trainable":
+            if value and _sets_one_layer():
+                _warn_of_held(self._layer)
+            value = False
+        return type(self._layer)._setattr_hook(self._layer, name, value)
+
+
+def _sets_one_layer():
+    """Whether a layer itself is thawed, not an outer one.
+
+    The setter of `Layer.trainable` calls those of the layers inside.
+    """
+    setter = keras.layers.Layer.trainable.fset.__code__
+    frame: Any = sys._getframe()
+    calls = 0
+    while frame is not None:
+        calls += frame.f_code is setter
+        frame = frame.f_back
+    return calls == 1
+
+
+def _warn_of_held(layer):
+    warnings.warn(
+        f"Layer {layer.path or layer.name!r} was frozen by `enable_srlora` and "
+        "stays so. To train it, name it in `modules_to_save` when you convert "
+        "the model; `merge_srlora` and `unload_srlora` release it. "
+        "Received: trainable=True",
+        stacklevel=6,
+    )
+
+
 def set_own_trainable(layer, trainable):
     """Sets the flag of a layer alone, not of its sublayers.
 
     Private: `Layer._trainable`.
     """
-    layer._trainable = trainable
+    # Past Keras's `__setattr__`, and the hook of `hold`.
+    vars(layer)["_trainable"] = trainable
 
 
 def set_trainable(layer, trainable):
@@ -103,7 +168,7 @@ def set_trainable(layer, trainable):
     has that value already.
     """
     for part in layer._flatten_layers(include_self=True, recursive=True):
-        part._trainable = trainable
+        set_own_trainable(part, trainable)
         for variable in part._trainable_variables:
             variable.trainable = trainable
 

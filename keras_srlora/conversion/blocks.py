@@ -15,6 +15,7 @@ from keras_srlora.backend.keras_pinned import layers_directly_inside
 from keras_srlora.backend.keras_private import inside
 from keras_srlora.layers.kinds import ADAPTED
 from keras_srlora.layers.kinds import PLAIN
+from keras_srlora.layers.kinds import plain_class
 
 DEFAULT = tuple(
     plain for plain, adapted in ADAPTED.items() if adapted.converted_by_default
@@ -90,7 +91,8 @@ def _is_projection(layer):
 
     One that the model never calls has none at all.
     """
-    if type(layer) not in DEFAULT and PLAIN.get(type(layer)) not in DEFAULT:
+    kind = plain_class(layer)
+    if kind not in DEFAULT and PLAIN.get(kind) not in DEFAULT:
         return False
     if not layer.built:
         return False

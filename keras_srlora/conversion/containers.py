@@ -11,15 +11,19 @@ from typing import Any
 
 import keras
 
+from keras_srlora.backend import hub_presets
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.keras_private import inside
 from keras_srlora.backend.mixins import KerasMixin
+from keras_srlora.conversion.freezing import have_places
+from keras_srlora.conversion.freezing import is_frozen_for_good
 from keras_srlora.conversion.freezing import set_trainable_flags
 from keras_srlora.conversion.freezing import trainable_flags
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.factors import add_factors
 from keras_srlora.layers.kinds import ADAPTED
 from keras_srlora.layers.kinds import PLAIN
+from keras_srlora.layers.kinds import plain_class
 from keras_srlora.recipes.definition import get_recipe
 
 
@@ -35,22 +39,40 @@ def convert_layers(containers, layers, arguments):
         arguments: list of dicts, one for each layer.
     """
     for layer, of_layer in zip(layers, arguments):
-        if type(layer) in ADAPTED:
-            layer.__class__ = ADAPTED[type(layer)]
+        if plain_class(layer) in ADAPTED:
+            layer.__class__ = ADAPTED[plain_class(layer)]
             layer.set_arguments(**of_layer)
             add_factors(layer)
     targets = set(map(id, layers))
-    for container in containers:
-        if _makes_its_layers(container) and inside(container) & targets:
+    holding = [x for x in containers if inside(x) & targets]
+    for container in [*holding, *_listed_frozen(containers)]:
+        if _makes_its_layers(container):
             container.__class__ = _converted_class(_class_of(container))
 
 
-def restore_plain_classes(containers, layers):
-    """Makes merged layers, and their containers, plain again."""
-    for layer in layers:
-        layer.__class__ = PLAIN[type(layer)]
+def _listed_frozen(containers):
+    """The layers in the configs of containers that say too little of them.
+
+    A file that Keras writes does not say which variables of a layer are frozen,
+    nor that those inside of a frozen composite layer are.
+    """
+    return [
+        layer
+        for container in containers
+        if keras_private.config_lists_layers(container)
+        for layer in container.layers
+        if is_frozen_for_good(layer)
+    ]
+
+
+def restore_plain_classes(containers):
+    """Makes containers without SRLoRA and frozen layers plain again."""
     for container in containers:
-        if isinstance(container, Converted) and not _adapted(container):
+        if (
+            isinstance(container, Converted)
+            and not _adapted(container)
+            and not is_frozen_for_good(container)
+        ):
             container.__class__ = container.plain_class
 
 
@@ -73,6 +95,9 @@ class Converted(KerasMixin):
     """Mixin of a container whose class makes the layers inside of it."""
 
     def get_config(self):
+        if hub_presets.saves_a_preset():
+            # That of a task which was made around it.
+            _refuse_preset(self)
         converted = type(self)
         self.__class__ = self.plain_class
         try:
@@ -107,7 +132,7 @@ class Converted(KerasMixin):
         )
         vars(container)[TRAINED] = config.get("trained", True)
         is_built = isinstance(container, keras.Model) and container.built
-        if is_built or not _missing(container, config):
+        if is_built or _is_complete(container, config):
             _convert_as_saved(container, config)
         else:
             container.__class__ = _awaiting_class(_class_of(container))
@@ -122,14 +147,7 @@ class Converted(KerasMixin):
 
     def save_to_preset(self, preset_dir, *args, **kwargs):
         """Not available: KerasHub reads no file of a converted model."""
-        raise ValueError(
-            f"Model {self.name!r} holds SRLoRA layers, which "
-            "`from_preset` cannot make. Keep the adapter with "
-            "`keras_srlora.save_adapter(model, filepath)`, to be loaded onto "
-            "the preset that it was trained on, or call "
-            "`keras_srlora.merge_srlora(model)` first and save the whole "
-            f"model. Received: preset_dir={str(preset_dir)!r}"
-        )
+        _refuse_preset(self)
 
     def compile_from_config(self, config):
         """Compiles and builds the optimizer, whose state comes next.
@@ -140,6 +158,17 @@ class Converted(KerasMixin):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built and vars(self).get(TRAINED, True):
             self.optimizer.build(self.trainable_variables)
+
+
+def _refuse_preset(model):
+    raise ValueError(
+        f"Model {model.name!r} holds SRLoRA layers, which `from_preset` cannot "
+        "make: nothing was written. Keep the adapter with "
+        "`keras_srlora.save_adapter(model, filepath)`, to be loaded onto the "
+        "preset that it was trained on, or call "
+        "`keras_srlora.merge_srlora(model)` first and save the whole model. "
+        f"Received: {len(_adapted(model))} SRLoRA layers"
+    )
 
 
 class Awaiting(Converted):
@@ -196,6 +225,12 @@ def _convert_as_saved(container, config):
     set_trainable_flags(container, config["trainable"])
 
 
+def _is_complete(container, config):
+    return not _missing(container, config) and have_places(
+        container, config["trainable"]
+    )
+
+
 def _missing(container, config):
     """Descriptions of the layers in a config that a container has not."""
     layers = keras_private.flatten_layers(container)
@@ -204,7 +239,7 @@ def _missing(container, config):
         for saved in config["adapted"]
         if not (
             saved["place"] < len(layers)
-            and type(layers[saved["place"]]) in {**ADAPTED, **PLAIN}
+            and plain_class(layers[saved["place"]]) in {**ADAPTED, **PLAIN}
             and layers[saved["place"]].built
         )
     ]

@@ -23,6 +23,8 @@ from keras_srlora.functional.contraction import as_matrix
 from keras_srlora.layers.find import decompose_kernels
 from keras_srlora.layers.frozen import float_kernel
 from keras_srlora.layers.kinds import ADAPTED
+from keras_srlora.layers.kinds import plain_class
+from keras_srlora.layers.paths import LayerPath
 from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.placement import warn_of_whole_factors
 from keras_srlora.layers.requirements import check_arguments
@@ -68,15 +70,18 @@ def enable_srlora(
     names trainable and frozen layers. `print_trainable_parameters` counts.
 
     Variables that are frozen here stay frozen when `model.trainable` is set to
-    `False` and to `True` again. To train a pretrained layer whole, name it in
-    `modules_to_save`. `merge_srlora` and `unload_srlora` thaw all that was
-    trainable before.
+    `False` and to `True` again, and in a model that is loaded from a `.keras`
+    file. Frozen batch normalization keeps its moving averages. To train a
+    pretrained layer whole, name it in `modules_to_save`. `merge_srlora` and
+    `unload_srlora` thaw all that was trainable before.
 
     Every model that holds one of the layers computes and trains the converted
     ones: its compiled functions are traced again, with TensorFlow every
-    `tf.function` that reads the layers, too, and its optimizer, where it was
-    built, starts anew, at step 0. Out of reach are a concrete function, an
-    exported model and a `jax.jit` function, which are compiled for good.
+    `tf.function` that reads the layers and with JAX every `jax.jit` function,
+    too, and its optimizer, where it was built, starts anew, at step 0. A model
+    around this one that was frozen whole trains the factors. Out of reach are
+    functions that are compiled for good: a concrete function, an exported
+    model, the result of `jax.jit(...).lower(...).compile()`.
 
     Args:
         model: a built `keras.Model`, e.g. a KerasHub backbone or task.
@@ -108,8 +113,7 @@ def enable_srlora(
             rank-stabilized LoRA (arXiv 2312.03732) has it. Defaults to `False`.
         bias: which biases of the pretrained part are trained, as in PEFT:
             `"none"`, `"srlora_only"` (of the converted layers) or `"all"`
-            (normalization layers' `beta`, too; a `.keras` file of a functional
-            model does not store which variables of a plain layer are frozen).
+            (normalization layers' `beta`, too).
         modules_to_save: list of strings, as in `target_layer_names`: layers
             that are trained whole, a new embedding for example, and that
             `save_adapter` always saves. Defaults to none.
@@ -129,8 +133,9 @@ def enable_srlora(
             nothing or a layer of another class, the model is not built, a layer
             was converted before or has Keras's LoRA, a rank is above the
             smaller side of a kernel, an equation is not one contraction, a
-            kernel has entries that are not finite, or another layer holds the
-            same kernel variable. The message names the layer.
+            kernel has entries that are not finite, or another layer, of this
+            model or any other, holds the same kernel variable. The message
+            names the layer.
             Likewise if the file of `directions` is damaged or of another kind,
             or two of the layers have the same path there.
 
@@ -159,12 +164,15 @@ def enable_srlora(
             model, layers, "alpha_pattern", alpha_pattern, lora_alpha
         ),
     }
+    paths = layer_paths(model)
     shared = {
         "target_rank": target_rank,
         "recipe": get_recipe(recipe),
         "decomposition": decomposition,
         "use_rslora": use_rslora,
-        "modules_to_save": tuple(layer.path for layer in modules),
+        "modules_to_save": tuple(
+            LayerPath(paths[id(layer)], layer) for layer in modules
+        ),
     }
     arguments = [
         {**shared, **dict(zip(patterns, values))}
@@ -176,7 +184,6 @@ def enable_srlora(
         )
         check_convertible(layer, of_layer["rank"])
     biases = find_biases(model, layers, bias)
-    paths = layer_paths(model)
     with open_directions(directions, layers, paths) as file:
         convert_plain(model, layers, arguments, biases, modules)
         decompose_kernels(layers, file=file, verbose=verbose)
@@ -187,7 +194,7 @@ def check_convertible(layer, rank):
     """Raises where a layer cannot become an SRLoRA layer."""
     refuse_converted([layer])
     path = layer.path or layer.name
-    if type(layer) not in ADAPTED:
+    if plain_class(layer) not in ADAPTED:
         raise ValueError(
             f"Layer {path!r} cannot be converted: only `keras.layers.Dense`, "
             "`EinsumDense` and `Embedding` themselves can, not other layers "
@@ -211,13 +218,13 @@ def check_convertible(layer, rank):
             "that SRLoRA never materialises. "
             f"Received: kernel_constraint={constraint}"
         )
-    check_rank(ADAPTED[type(layer)].read_plan(layer), rank, path)
+    check_rank(ADAPTED[plain_class(layer)].read_plan(layer), rank, path)
     check_finite_kernel(float_kernel(layer), path)
 
 
 def plain_matrix(layer):
     """The kernel of a plain layer as a matrix of shape `(in, out)`."""
-    plan = ADAPTED[type(layer)].read_plan(layer)
+    plan = ADAPTED[plain_class(layer)].read_plan(layer)
     return as_matrix(float_kernel(layer), plan)
 
 
@@ -229,9 +236,9 @@ def convert_plain(model, layers, arguments, trained=(), modules=()):
     """
     if not layers and not trained:
         return
-    refuse_shared_kernels(model, layers)
+    refuse_shared_kernels(layers)
     holders = Holders(model, layers)
-    freeze_base(model, layers, trained, modules)
+    freeze_base(model, layers, trained, modules, holders.containers())
     trained = {id(variable) for variable in trained}
     arguments = [
         {**of_layer, "train_bias": id(bias_of(layer)) in trained}

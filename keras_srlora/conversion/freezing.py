@@ -14,9 +14,11 @@ from keras_srlora.conversion.blocks import calls_holding
 from keras_srlora.conversion.blocks import find_head
 from keras_srlora.conversion.blocks import pretrained_projections
 from keras_srlora.layers.base import SRLoRALayer
+from keras_srlora.layers.paths import layer_paths
+from keras_srlora.layers.paths import named_layers
 
 
-def freeze_base(model, targets, trained=(), modules=()):
+def freeze_base(model, targets, trained=(), modules=(), around=()):
     """Freezes the pretrained part, but for the targets and named parts.
 
     Frozen variables stay so where the model is frozen and thawed. Variables
@@ -28,12 +30,14 @@ def freeze_base(model, targets, trained=(), modules=()):
         targets: list of the layers that are to be converted.
         trained: list of variables to be trained.
         modules: list of layers to be trained whole.
+        around: list of layers that the model may be inside of.
     """
     everything = keras_private.flatten_layers(model)
     adapted = [x for x in everything if isinstance(x, SRLoRALayer)]
     trained = {id(variable) for variable in trained}
     kept = {id(x) for x in [*targets, *adapted]}
-    modules = [*modules, *_layers_at(everything, _saved_paths(everything))]
+    saved = _saved_modules(model)
+    modules = [*modules, *(x for found in saved.values() for x in found)]
     whole = {i for layer in modules for i in inside(layer)}
     parts = _base_parts(model, kept)
     for layer in targets:
@@ -42,20 +46,22 @@ def freeze_base(model, targets, trained=(), modules=()):
         if layer.bias is not None and id(layer.bias) in trained:
             keras_private.set_variable_trainable(layer, layer.bias, True)
             layer.train_bias = True
+    learning = kept | whole | _holding(everything, trained)
     for part in parts:
         for layer in keras_private.flatten_layers(part):
             if id(layer) not in kept | whole:
                 _freeze(layer, trained)
-            if not inside(layer) & (kept | whole) and not any(
+        for layer in keras_private.flatten_layers(part):
+            if not inside(layer) & learning and not any(
                 v.trainable for v in layer.variables
             ):
-                keras_pinned.set_trainable(layer, False)
+                keras_pinned.hold(layer)
     for layer in modules:
         for part in keras_private.flatten_layers(layer):
             keras_pinned.unpin(part)
         keras_pinned.set_trainable(layer, True)
-    learning = kept | whole | _holding(everything, trained)
-    for layer in everything:
+    for layer in [*around, *everything]:
+        # A model that was frozen whole would train nothing of what is inside.
         if not layer.trainable and inside(layer) & learning:
             _open(layer, learning)
     for layer in everything:
@@ -107,18 +113,27 @@ def saved_variables(model: keras.Model) -> list:
     Raises:
         ValueError: if one of these layers is not inside of the model.
     """
-    everything = keras_private.flatten_layers(model)
-    paths = _saved_paths(everything)
-    layers = _layers_at(everything, paths)
-    missing = set(paths) - {layer.path for layer in layers}
+    modules = _saved_modules(model)
+    missing = {path for (path, *_), found in modules.items() if not found}
     if missing:
         raise ValueError(
             f"`modules_to_save` names layers that are not inside of model "
             f"{model.name!r}. Pass the model that `enable_srlora` converted. "
             f"Received: {sorted(missing)}"
         )
-    found = {id(v) for layer in layers for v in layer.weights}
-    return [v for v in model.weights if id(v) in found]
+    layers = [layer for found in modules.values() for layer in found]
+    held = {id(v) for layer in layers for v in layer.weights}
+    return [v for v in model.weights if id(v) in held]
+
+
+def module_paths(model, layer) -> list[str]:
+    """The `modules_to_save` of a layer, by their paths in a model."""
+    paths, everything = layer_paths(model), keras_private.flatten_layers(model)
+    return [
+        paths[id(found)]
+        for path in layer.modules_to_save
+        for found in named_layers(path, layer, everything, paths)
+    ]
 
 
 def pretrained_variables(model: keras.Model) -> list:
@@ -132,24 +147,26 @@ def pretrained_variables(model: keras.Model) -> list:
     return [variable for part in parts for variable in part.variables]
 
 
-def _saved_paths(layers):
-    """The `modules_to_save` of the SRLoRA layers among some layers."""
-    return {
-        path: None
-        for layer in layers
-        if isinstance(layer, SRLoRALayer)
-        for path in layer.modules_to_save
-    }
+def _saved_modules(model):
+    """The layers that SRLoRA layers of a model name in `modules_to_save`.
 
-
-def _layers_at(layers, paths):
-    return [layer for layer in layers if layer.path in paths]
+    Returns:
+        `{(path, *ids): layers}`.
+    """
+    paths, everything = layer_paths(model), keras_private.flatten_layers(model)
+    found: dict = {}
+    for layer in everything:
+        if isinstance(layer, SRLoRALayer):
+            for path in layer.modules_to_save:
+                named = named_layers(path, layer, everything, paths)
+                found[path, *map(id, named)] = named
+    return found
 
 
 def trainable_flags(container) -> list:
     """`[[of the layer, [of its own variables]], ...]`, for a config.
 
-    0 and 1; -1 of a variable that stays frozen where the layer is thawed.
+    0 and 1; -1 of what stays frozen where the whole model is thawed.
     """
     flags = []
     for layer in keras_private.flatten_layers(container):
@@ -157,11 +174,27 @@ def trainable_flags(container) -> list:
         own = keras_pinned.own_variables(layer)
         flags.append(
             [
-                int(layer.trainable),
+                -1 if keras_pinned.is_held(layer) else int(layer.trainable),
                 [-1 if id(v) in pinned else int(v.trainable) for v in own],
             ]
         )
     return flags
+
+
+def have_places(container, flags) -> bool:
+    """Whether a container has the layers and variables of some flags."""
+    layers = keras_private.flatten_layers(container)
+    return [len(own) for _, own in flags] == [
+        len(keras_pinned.own_variables(layer)) for layer in layers
+    ]
+
+
+def is_frozen_for_good(layer) -> bool:
+    """Whether a layer has variables, and stays frozen where others thaw."""
+    return any(
+        keras_pinned.pinned_variables(part)
+        for part in keras_private.flatten_layers(layer)
+    )
 
 
 def set_trainable_flags(container, flags) -> None:
@@ -169,16 +202,18 @@ def set_trainable_flags(container, flags) -> None:
     layers = keras_private.flatten_layers(container)
     # An outer layer comes first, and sets those inside of it.
     for layer, (flag, _) in zip(layers, flags):
-        if layer.trainable != bool(flag):
-            layer.trainable = bool(flag)
-    for layer, (_, own) in zip(layers, flags):
+        if layer.trainable != (flag > 0):
+            layer.trainable = flag > 0
+    for layer, (of_layer, own) in zip(layers, flags):
         variables = list(zip(keras_pinned.own_variables(layer), own))
         pinned = [v for v, flag in variables if flag < 0]
-        if pinned:
+        if pinned or of_layer < 0:
             keras_pinned.pin(layer, pinned)
         for variable, flag in variables:
             if variable.trainable != (flag > 0):
                 variable.trainable = flag > 0
+        if of_layer < 0:
+            keras_pinned.hold(layer)
 
 
 def _freeze(layer, trained):

@@ -5,10 +5,12 @@ import keras
 from keras_srlora.conversion.containers import restore_plain_classes
 from keras_srlora.conversion.freezing import release
 from keras_srlora.conversion.holders import Holders
+from keras_srlora.conversion.targets import refuse_shared_kernels
 from keras_srlora.layers import pairs
 from keras_srlora.layers.factors import remove_factors
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.finite import check_finite_update
+from keras_srlora.layers.kinds import PLAIN
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.layers.switched_off import check_switched_on
 
@@ -49,6 +51,7 @@ def merge_srlora(model: keras.Model) -> list:
             check_initializable(layer)
     check_switched_on(layers)
     check_finite_update(layers)
+    refuse_shared_kernels(layers)
     holders = Holders(model, layers)
     for layer in layers:
         layer.frozen.merge(layer, pairs.effective_matrix(layer))
@@ -60,6 +63,7 @@ def make_plain(holders, layers):
     """Makes plain layers of those whose kernels have their final values."""
     for layer in layers:
         remove_factors(layer)
-    restore_plain_classes(holders.containers(), layers)
+        layer.__class__ = PLAIN[type(layer)]
     release(holders.models)
+    restore_plain_classes(holders.containers())
     holders.follow()

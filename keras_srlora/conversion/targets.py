@@ -5,6 +5,7 @@ import re
 
 import keras
 
+from keras_srlora.backend import keras_compiled
 from keras_srlora.backend import keras_private
 from keras_srlora.backend.keras_graph import read_graph
 from keras_srlora.backend.keras_private import inside
@@ -12,6 +13,7 @@ from keras_srlora.conversion.blocks import DEFAULT
 from keras_srlora.conversion.blocks import pretrained_projections
 from keras_srlora.layers.kinds import ADAPTED
 from keras_srlora.layers.kinds import PLAIN
+from keras_srlora.layers.kinds import plain_class
 from keras_srlora.layers.paths import layer_paths
 
 
@@ -88,7 +90,7 @@ def find_modules(model, names):
 
 def _default_targets(model, everything):
     pretrained = pretrained_projections(model)
-    targets = [x for x in pretrained if type(x) in DEFAULT]
+    targets = [x for x in pretrained if plain_class(x) in DEFAULT]
     if targets:
         return targets
     refuse_converted(everything)
@@ -174,7 +176,7 @@ def _refuse_name(argument, model, everything, name):
     if argument == "modules_to_save":
         what, fits = "have weights", lambda x: bool(x.weights)
     else:
-        what, fits = "could be converted", lambda x: type(x) in ADAPTED
+        what, fits = "could be converted", lambda x: plain_class(x) in ADAPTED
     known = {x.name: x.path for x in everything if fits(x)}
     near = difflib.get_close_matches(name, known) or sorted(known)
     raise ValueError(
@@ -235,22 +237,23 @@ def refuse_converted(layers):
             )
 
 
-def refuse_shared_kernels(model, targets):
+def refuse_shared_kernels(targets):
     """Raises where another layer holds the kernel variable of a target.
 
     It would read the frozen kernel alone, and a kernel that it writes is not
-    the one that was decomposed.
+    the one that was decomposed. It may be a part of another model.
     """
     kernels = {id(keras_private.stored_kernel(x)): x for x in targets}
-    for layer in keras_private.flatten_layers(model):
+    for layer in keras_compiled.living_holders(kernels):
         for variable in keras_private.variables_held(layer):
             target = kernels.get(id(variable), layer)
             if target is not layer:
                 raise ValueError(
                     f"Layers {target.path!r} and {layer.path!r} "
                     f"({type(layer).__name__}) hold the same kernel variable; "
-                    "an SRLoRA layer must be the only one that does. Name "
-                    f"{target.path!r} in `exclude_layer_names`, or let the "
-                    "other layer read `layer.kernel` when it is called. "
+                    "an SRLoRA layer must be the only one that does, in other "
+                    f"models, too. Name {target.path!r} in "
+                    "`exclude_layer_names`, or let the other layer read "
+                    "`layer.kernel` when it is called. "
                     f"Received: the variable {variable.path!r}"
                 )

@@ -4,6 +4,7 @@ import keras
 
 from keras_srlora.conversion.holders import Holders
 from keras_srlora.conversion.merge import make_plain
+from keras_srlora.conversion.targets import refuse_shared_kernels
 from keras_srlora.layers import pairs
 from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
@@ -41,6 +42,7 @@ def unload_srlora(model: keras.Model) -> list:
     require_records(layers)
     for layer in layers:
         check_finite_kernel(pairs.pretrained_matrix(layer), layer.path)
+    refuse_shared_kernels(layers)
     holders = Holders(model, layers)
     for layer in layers:
         layer.frozen.unload(layer, pairs.pretrained_matrix(layer))

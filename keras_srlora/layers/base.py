@@ -260,7 +260,7 @@ class SRLoRALayer(RefusesQuantization):
     def get_arguments(self):
         """Arguments beside those of the plain layer, for JSON."""
         arguments = {name: getattr(self, name) for name in ARGUMENTS}
-        arguments["modules_to_save"] = list(self.modules_to_save)
+        arguments["modules_to_save"] = list(map(str, self.modules_to_save))
         # Its choices, not its name, whose meaning may change.
         return {**arguments, "recipe": self.recipe.to_dict()}
 

@@ -14,3 +14,8 @@ ADAPTED = {
     keras.layers.Embedding: SRLoRAEmbedding,
 }
 PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
+
+
+def plain_class(layer):
+    """The class of a layer, or that of which conversion made a `Converted`."""
+    return getattr(type(layer), "plain_class", type(layer))

@@ -1,6 +1,7 @@
 """Paths by which files know the layers and variables of a model."""
 
 import collections
+import weakref
 
 import keras
 
@@ -28,6 +29,50 @@ def layer_paths(model: keras.Model) -> dict:
             names = [name for name, held in holding if key in held]
             paths[key] = "/".join([*names, paths[key]])
     return paths
+
+
+class LayerPath(str):
+    """The path of a layer, by which a file knows it, and the layer itself.
+
+    Of two layers of one path, in a part of a model that is alone, the path does
+    not say which one is meant.
+    """
+
+    _layer: weakref.ref
+
+    def __new__(cls, path, layer):
+        made = super().__new__(cls, path)
+        made._layer = weakref.ref(layer)
+        return made
+
+    @property
+    def layer(self):
+        return self._layer()
+
+
+def named_layers(path, holder, layers, paths) -> list:
+    """The layers of a path that another layer names; more than one are equal.
+
+    Args:
+        path: str, a `LayerPath` or that of a file.
+        holder: the layer that names it.
+        layers: list of the layers of a model, outer ones first.
+        paths: dict, the `layer_paths` of the model.
+    """
+    meant = getattr(path, "layer", None)
+    if meant is not None:
+        return [x for x in layers if x is meant]
+    found = [x for x in layers if paths[id(x)] == path]
+    found = found or [x for x in layers if x.path == path]
+    if len(found) > 1:
+        # Those of the innermost model in which there are any.
+        for model in reversed(layers):
+            if isinstance(model, keras.Model):
+                held = keras_private.inside(model)
+                near = [x for x in found if id(x) in held]
+                if near and id(holder) in held:
+                    return near
+    return found
 
 
 def variable_paths(model: keras.Model) -> dict:

@@ -10,7 +10,8 @@ class Gate(Protocol):
 
     Register a custom class with
     `keras.saving.register_keras_serializable`, and pass it as
-    `Recipe(gate=...)`. `keras_srlora.recipes.gate.FlatLoss` is the example.
+    `Recipe(gate=...)`. Keras registers no class without a `get_config`.
+    `keras_srlora.recipes.gate.FlatLoss` is the example.
 
     Attributes:
         window: steps after which a loss is missed.

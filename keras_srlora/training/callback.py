@@ -33,12 +33,10 @@ class RecompositionCallback(keras.callbacks.Callback):
     length of a run is `epochs` times the steps of an epoch; where the data set
     has no size, it is known after the first epoch.
 
-    During `fit` the optimizer is wrapped in a `SensitivityOptimizer`; after it
-    the model has its own optimizer back. A step is a batch of `fit`; with
-    `gradient_accumulation_steps` a recomposition waits for the end of an
-    accumulation, with `steps_per_execution` for the end of an execution. A
-    recomposition takes place before the first batch after it was due; none
-    after the last step of the run, where it would change nothing.
+    During `fit` the optimizer is wrapped in a `SensitivityOptimizer`. A step is
+    a batch. A recomposition takes place before the first batch after it was
+    due, with `gradient_accumulation_steps` after the accumulation, with
+    `steps_per_execution` after the execution; none after the last step.
 
     Args:
         interval: int or `None`. Steps between two recompositions, in place of

@@ -9,6 +9,7 @@ from keras_srlora.backend.arguments import check_fraction
 from keras_srlora.backend.arguments import is_integer
 from keras_srlora.backend.keras_private import inside
 from keras_srlora.layers import pairs
+from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.find import decompose_kernels
 from keras_srlora.layers.find import match_records
 from keras_srlora.layers.placement import check_same_start
@@ -125,17 +126,20 @@ def _starts_otherwise(layer, recipe):
 
 
 def check_still_trained(layers, model=None):
-    """Raises where a layer was frozen, or removed, since the run began."""
-    if model is not None:
-        present = inside(model)
-        gone = [x.path for x in layers if id(x) not in present]
-        if gone:
-            raise RuntimeError(
-                "SRLoRA layers were removed from the model during the run, "
-                "whose compiled step still has them: stop training first, then "
-                f"compile and fit again. Received: {gone} are no longer in "
-                f"model {model.name!r}"
-            )
+    """Raises where a layer was frozen, merged or removed in a run."""
+    present = inside(model) if model is not None else set(map(id, layers))
+    gone = [
+        x.path
+        for x in layers
+        if id(x) not in present or not isinstance(x, SRLoRALayer)
+    ]
+    if gone:
+        raise RuntimeError(
+            "SRLoRA layers were merged, or removed from the model, during the "
+            "run, whose compiled step still has them: stop training first, "
+            f"then compile and fit again. Received: {gone} are no longer "
+            "SRLoRA layers of the run"
+        )
     frozen = [x for x in layers if not x.trains_factors]
     for layer in frozen:
         # On JAX the state of the run is about to be written back.

@@ -275,10 +275,13 @@ def _parts(values, places):
 
 
 def _flat(arrays):
-    arrays = [ops.convert_to_tensor(x) for x in arrays]
-    return ops.concatenate(
-        [ops.cast(ops.reshape(x, (-1,)), "float32") for x in arrays]
-    )
+    """All entries, in float32, one after the other.
+
+    One operation for each array: in eager PyTorch more of them took a tenth of
+    the step of a small model. The cast loses nothing by coming last.
+    """
+    joined = ops.concatenate([ops.reshape(x, (-1,)) for x in arrays])
+    return ops.cast(joined, "float32")
 
 
 def _total(arrays):

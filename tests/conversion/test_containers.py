@@ -1,21 +1,16 @@
 """A `.keras` file of a converted model, read where nobody converted it."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
+from processes import Child
+from processes import run_code
 from support import OF_OTHERS
 from support import tiny_bert
 from support import to_numpy
 
 import keras_srlora
 from keras_srlora.conversion import containers
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 # The other process has this data and nothing else.
 DATA = """
@@ -50,16 +45,17 @@ keras.saving.load_model(sys.argv[1])
 """
 
 
-def elsewhere(code, *arguments, warnings="error"):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-W", f"{warnings}::UserWarning"]
-        + ["-W", f"ignore:{OF_OTHERS}", "-c", code, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+WARNINGS_ARE_ERRORS = f"""
+import warnings
+warnings.simplefilter("error", UserWarning)
+warnings.filterwarnings("ignore", {OF_OTHERS!r})
+"""
+
+
+def elsewhere(code, *arguments, folder):
+    """Runs code in another process, which imported nothing of this package."""
+    arguments = [str(argument) for argument in arguments]
+    return Child(run_code, (code, arguments), folder / "log.txt")
 
 
 def head(features):
@@ -164,14 +160,15 @@ def trained_on(tmp_path_factory):
         models[make].save(paths[make])
         # At once: on torch all draw from one generator.
         fit(models[make], epochs=2, initial_epoch=1)
-    child = elsewhere(TRAIN_ON, *paths.values())
-    assert child.returncode == 0, child.stderr[-3000:]
+    code = WARNINGS_ARE_ERRORS + TRAIN_ON
+    elsewhere(code, *paths.values(), folder=folder).assert_ends()
     return {
         make: (model, np.load(f"{paths[make]}.npz"))
         for make, model in models.items()
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", WAYS)
 def test_trains_on_in_another_process(make, trained_on):
     model, loaded = trained_on[make]
@@ -183,12 +180,14 @@ def test_trains_on_in_another_process(make, trained_on):
         )
 
 
+@pytest.mark.slow
 def test_a_process_without_the_package_says_what_is_missing(tmp_path):
     trained(outer_model).save(tmp_path / "model.keras")
-    child = elsewhere(LOAD_ONLY, tmp_path / "model.keras")
-    assert child.returncode != 0
-    assert "keras_srlora" in child.stderr
-    assert "make sure they are all imported" in child.stderr
+    code = WARNINGS_ARE_ERRORS + LOAD_ONLY
+    child = elsewhere(code, tmp_path / "model.keras", folder=tmp_path)
+    printed = child.assert_ends(1)
+    assert "keras_srlora" in printed
+    assert "make sure they are all imported" in printed
 
 
 def test_everything_is_as_frozen_as_it_was(tmp_path):
@@ -203,6 +202,7 @@ def test_everything_is_as_frozen_as_it_was(tmp_path):
     assert [type(x).__name__ for x in loaded._flatten_layers()] == types
 
 
+@pytest.mark.slow
 def test_a_merged_model_needs_no_package_to_be_read(tmp_path):
     model = trained(task)
     keras_srlora.merge_srlora(model)
@@ -211,8 +211,8 @@ def test_a_merged_model_needs_no_package_to_be_read(tmp_path):
         f"import keras_hub{LOAD_ONLY}assert 'keras_srlora' not in sys.modules"
     )
     # Keras does not compile a task that it loads, and says so.
-    child = elsewhere(code, tmp_path / "model.keras", warnings="default")
-    assert child.returncode == 0, child.stderr[-2000:]
+    child = elsewhere(code, tmp_path / "model.keras", folder=tmp_path)
+    child.assert_ends()
 
 
 def test_presets_are_read_as_before():

@@ -415,6 +415,7 @@ print(convert(COUNT) / (4 * SIDE**2))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux"
 )

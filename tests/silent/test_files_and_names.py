@@ -28,6 +28,7 @@ from pieces import pooled
 from pieces import predicted
 from pieces import state_of
 from pieces import tuned_encoder
+from safetensors import safe_open
 from support import bert_outputs
 from support import tiny_bert
 from support import to_numpy
@@ -141,6 +142,7 @@ UNBUILT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNBUILT)
 def test_a_file_of_layers_without_build_loads(kind, rng, tmp_path):
     model, x = UNBUILT[kind](), ids(rng)
@@ -162,6 +164,7 @@ def test_a_file_of_layers_without_build_loads(kind, rng, tmp_path):
         assert_close(called(again, x), pretrained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["block", "several"])
 def test_a_file_of_layers_without_build_trains_on(kind, rng, tmp_path):
     """As `ModelCheckpoint` writes it in `fit`."""
@@ -344,6 +347,75 @@ def test_modules_of_two_equal_parts_are_told_apart(rng, tmp_path):
     assert sorted(config["target_modules"]) == sorted(modules.values())
 
 
+# A layer of one of two equal parts that is trained whole.
+
+SAVED = {
+    "backbones": ("bert_backbone_1/.*position_embedding", "position_embedding"),
+    "encoders": ("right/second", "second"),
+}
+
+
+def converted_with_module(kind, inner):
+    """Twins, with a module of the second; converted alone or in a whole."""
+    model = TWINS[kind]()
+    names, wanted = SAVED[kind]
+    part = [x for x in model.layers if isinstance(x, keras.Model)][1]
+    with collected_warnings():
+        enable_srlora(
+            part if inner else model,
+            2,
+            target_layer_names=["first"] if kind == "encoders" else None,
+            recipe="paper",
+            modules_to_save=[wanted if inner else names],
+        )
+    return model, part
+
+
+def modules_of(model):
+    """The variables that are trained and no factors, but for the head's."""
+    return [
+        v
+        for v in model.trainable_variables
+        if "lora" not in v.path and "head" not in v.path
+    ]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_saved_module_of_two_equal_parts_is_one(kind, inner, rng, tmp_path):
+    model, part = converted_with_module(kind, inner)
+    held = {id(v) for v in part.variables}
+    found = modules_of(part if inner else model)
+    assert found and all(id(v) in held for v in found)
+    path = tmp_path / "a.safetensors"
+    with collected_warnings() as messages:
+        keras_srlora.save_adapter(model, path)
+    # Of the part beside it, which was left as it was, others are trained.
+    left_out = any("embedding" in m or "second" in m for m in messages)
+    assert inner or not left_out
+    with safe_open(path, "np") as file:
+        others = [k for k in file.keys() if k.startswith("trainable/")]
+    assert len(others) == len(found)
+    for variable in found:
+        variable.assign(to_numpy(variable) + 0.5)
+    x = inputs_of(model, rng)
+    fresh = TWINS[kind]()
+    with collected_warnings():
+        keras_srlora.save_adapter(model, path)
+        keras_srlora.load_adapter(fresh, path)
+    assert_close(called(fresh, x), called(model, x))
+    assert inner or len(modules_of(fresh)) == len(found)
+    # A file, and an adapter of the second part alone.
+    model.save(tmp_path / "model.keras")
+    with collected_warnings():
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        keras_srlora.save_adapter(loaded, path)
+        keras_srlora.save_adapter(part, path)
+    with safe_open(path, "np") as file:
+        others = [k for k in file.keys() if k.startswith("trainable/")]
+    assert len(others) == len(found)
+
+
 def test_one_of_two_equal_parts_is_converted(rng):
     model = two_encoders()
     converted = enable_srlora(
@@ -410,6 +482,23 @@ def test_a_converted_model_writes_no_preset(part, rng, tmp_path):
     model.save_to_preset(str(folder))
     loaded = hub.models.BertBackbone.from_preset(str(folder))
     assert_close(bert_outputs(loaded), expected)
+
+
+def test_a_task_around_a_converted_backbone_writes_no_preset(tmp_path):
+    hub = pytest.importorskip("keras_hub")
+    bert = tiny_bert(num_layers=1, dropout=0.0)
+    enable_srlora(bert, 2)
+    task = hub.models.BertTextClassifier(backbone=bert, num_classes=3)
+    folder = tmp_path / "preset"
+    with pytest.raises(ValueError, match="merge_srlora"):
+        task.save_to_preset(str(folder))
+    assert list(folder.iterdir()) == []
+    # Its own file is another matter.
+    task.save(tmp_path / "task.keras")
+    keras_srlora.merge_srlora(task)
+    task.save_to_preset(str(folder))
+    loaded = hub.models.BertTextClassifier.from_preset(str(folder))
+    assert_close(bert_outputs(loaded.backbone), bert_outputs(bert))
 
 
 def test_kerashubs_own_lora_file_of_a_converted_backbone_is_refused(tmp_path):

@@ -308,6 +308,50 @@ def test_a_shared_kernel_is_refused_by_load_adapter(rng, tmp_path):
         keras_srlora.load_adapter(model, tmp_path / "a.safetensors")
 
 
+def two_models():
+    return [
+        keras.Sequential(
+            [keras.Input((WIDTH,)), layers.Dense(WIDTH, name=name)]
+        )
+        for name in NAMES
+    ]
+
+
+def tie(first, second):
+    """Lets the layer of a model hold the kernel of another's."""
+    layer = second.layers[0]
+    layer._tracker.unlock()
+    layer._untrack_variable(layer._kernel)
+    layer._kernel = first.layers[0]._kernel
+
+
+def test_a_kernel_that_another_model_holds_is_refused(rng):
+    (first, second), x = two_models(), batch(rng)
+    tie(first, second)
+    expected = called(second, x)
+    before = state_of(first)
+    with pytest.raises(ValueError, match="/second'.*exclude_layer_names"):
+        enable_srlora(first, 2, target_layer_names=["first"])
+    assert_unchanged(first, before)
+    assert_close(called(second, x), expected)
+    assert first.layers[0].trainable
+    # A model that is gone holds nothing.
+    (first, second), _ = two_models(), tie(*two_models())
+    enable_srlora(first, 2, target_layer_names=["first"])
+
+
+@pytest.mark.parametrize("back", ["merge_srlora", "unload_srlora"])
+def test_a_kernel_that_was_tied_since_is_not_merged(back, rng):
+    (first, second), x = two_models(), batch(rng)
+    enable_srlora(first, 2, target_layer_names=["first"], recipe="paper")
+    tie(first, second)
+    expected = called(second, x)
+    with pytest.raises(ValueError, match="/second'"):
+        getattr(keras_srlora, back)(first)
+    assert isinstance(first.layers[0], keras_srlora.SRLoRADense)
+    assert_close(called(second, x), expected)
+
+
 def test_a_layer_that_is_called_twice_is_no_shared_kernel(rng):
     """One layer, one kernel: converted as before."""
     inputs = keras.Input((WIDTH,))

@@ -2,16 +2,15 @@
 
 import dataclasses
 import importlib
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import types
 
 import keras
 import numpy as np
 import pytest
+from processes import Child
+from processes import run_script
 from support import statistics
 from support import to_numpy
 
@@ -283,27 +282,16 @@ def test_weights_file_carries_what_the_loop_needs(examples, run, tmp_path):
             )
 
 
-def run_script(backend, tmp_path, *arguments, keras_backend=BACKEND):
-    root = pathlib.Path(keras_srlora.__file__).parents[1]
-    return subprocess.run(
-        [
-            sys.executable,
-            EXAMPLES / f"custom_loop_{backend}.py",
-            *arguments,
-        ],
-        env=os.environ
-        | {
-            "KERAS_BACKEND": keras_backend,
-            "PYTHONPATH": str(root),
-            "OMP_NUM_THREADS": "1",
-        },
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
+def start_script(folder, *arguments, backend=BACKEND):
+    return Child(
+        run_script,
+        (str(EXAMPLES / f"custom_loop_{BACKEND}.py"), arguments),
+        folder / "log.txt",
+        {"KERAS_BACKEND": backend},
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_script_learns_and_recomposes(recipe, tmp_path):
     """With its own recipe in a run that is long enough for it."""
@@ -323,22 +311,21 @@ def test_script_learns_and_recomposes(recipe, tmp_path):
             for layer in ("hidden_1", "hidden_2")
         ]
         arguments = [f"--steps={steps}", "--recipe=paper"]
-    done = run_script(BACKEND, tmp_path, *arguments)
-    assert done.returncode == 0, done.stderr
-    losses = [float(x) for x in re.findall(r"loss (\S+)", done.stdout)]
+    printed = start_script(tmp_path, *arguments).assert_ends()
+    losses = [float(x) for x in re.findall(r"loss (\S+)", printed)]
     assert len(losses) == 10
     assert losses[-1] < 0.8 * losses[0]
-    events = re.findall(r"step (\d+): (\S+) restarted", done.stdout)
+    events = re.findall(r"step (\d+): (\S+) restarted", printed)
     assert events == expected
     before, after = re.search(
-        r"5 to 9: (\S+) before, (\S+) after", done.stdout
+        r"5 to 9: (\S+) before, (\S+) after", printed
     ).groups()
     assert float(after) > float(before) + 0.2
 
 
+@pytest.mark.slow
 def test_script_refuses_another_backend(tmp_path):
     """The script of this backend; the suites of the others run theirs."""
     other = "jax" if BACKEND != "jax" else "torch"
-    done = run_script(BACKEND, tmp_path, keras_backend=other)
-    assert done.returncode == 1
-    assert f"Received: KERAS_BACKEND={other}" in done.stderr
+    printed = start_script(tmp_path, backend=other).assert_ends(1)
+    assert f"Received: KERAS_BACKEND={other}" in printed

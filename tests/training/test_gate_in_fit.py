@@ -53,6 +53,7 @@ def quick(**kwargs):
     )
 
 
+@pytest.mark.slow
 def test_where_the_rank_limits_the_run_it_is_recomposed():
     callback = RecompositionCallback()
     losses = train(student(quick()), callback)
@@ -106,6 +107,7 @@ def test_an_accumulation_is_finished_before_a_probe():
     assert len(steps) > 2 and all(step % 3 == 0 for step in steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [9, 23])
 def test_a_resumed_run_decides_the_same(epochs, tmp_path):
     """Interrupted before the gate opens, and after."""

@@ -121,7 +121,10 @@ def test_equals_numpy_with_every_option(option, rng):
     run_and_check(OPTIMIZERS["adam"](**OPTIONS[option]), rng)
 
 
-@pytest.mark.parametrize("how", COMPILE)
+@pytest.mark.parametrize(
+    "how",
+    ["run_eagerly", pytest.param("jit_compile", marks=pytest.mark.slow)],
+)
 def test_equals_numpy_however_compiled(how, rng):
     if (BACKEND, how) == ("torch", "jit_compile") and not shutil.which("g++"):
         pytest.skip("torch's compiler needs a C++ compiler")

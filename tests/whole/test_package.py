@@ -33,6 +33,7 @@ def test_import_brings_no_other_backend_and_no_extra():
     assert not (others | extras) & set(added.split())
 
 
+@pytest.mark.once
 def test_everything_public_is_documented():
     for name in keras_srlora.__all__:
         assert getattr(keras_srlora, name).__doc__, name
@@ -48,6 +49,7 @@ def test_everything_public_is_documented():
     assert not missing
 
 
+@pytest.mark.once
 def test_private_keras_is_used_in_the_modules_named_after_it_only():
     own = {path.name for path in (ROOT / "backend").glob("keras_*.py")}
     assert len(own) > 1
