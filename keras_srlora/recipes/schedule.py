@@ -47,6 +47,11 @@ class Schedule:
         self.recomposed_at = step
         return groups
 
+    def take_layers(self, step: int, layers: list) -> list:
+        """The layers of those groups: every `turns`-th is of one group."""
+        groups = self.take(step)
+        return [x for i, x in enumerate(layers) if i % self.turns in groups]
+
     def _due(self, step):
         if not self.interval:
             return []

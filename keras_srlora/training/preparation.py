@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
+from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import check_fraction
 from keras_srlora.backend.arguments import is_integer
 from keras_srlora.backend.keras_private import inside
@@ -43,6 +44,22 @@ def choose_recipe(layers, recipe=None, fusion_ratio=None) -> Recipe:
     if fusion_ratio is None:
         return recipe
     return dataclasses.replace(recipe, fusion_ratio=fusion_ratio)
+
+
+def check_length(total_steps, interval):
+    """Raises unless a run's length, or its interval, is a number of steps.
+
+    A length of 0 is one that `fit` will say later.
+    """
+    check_count("interval", interval, "steps", True)
+    if total_steps is None and interval is None:
+        raise ValueError(
+            "The length of the run is needed to spread recompositions over "
+            "it: pass `total_steps`, or an `interval`. "
+            f"Received: {total_steps=}, {interval=}"
+        )
+    if total_steps != 0:
+        check_count("total_steps", total_steps, "steps", True)
 
 
 def check_model(model, layers):

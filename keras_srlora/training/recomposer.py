@@ -41,8 +41,8 @@ class Recomposer:
         recomposer.report_loss(loss)
     ```
 
-    Kernels that were not decomposed yet are decomposed when it is made. Its
-    state is saved with the weights of its first layer; see `restore`.
+    It decomposes kernels that were not yet. Its state is saved with the weights
+    of its first layer; see `restore`.
 
     Args:
         model: a `keras.Model` with SRLoRA layers, or a list of such layers.
@@ -57,9 +57,8 @@ class Recomposer:
         interval: int or `None`. Steps between two recompositions; with a number
             the recipe's gate is left out.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.
-        predictions_per_step: int or `None`. How many predictions a step learns
-            from: labels of a classification, tokens of a language model, or
-            values of a regression. Where they are few, a recipe lets pairs live
+        predictions_per_step: int or `None`. How many labels, tokens or values
+            a step learns from. Where they are few, a recipe lets pairs live
             longer, or leaves the run alone. Defaults to `None`: enough.
         verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
 
@@ -91,22 +90,13 @@ class Recomposer:
         predictions_per_step: int | None = None,
         verbose: int = 0,
     ) -> None:
-        interval = check_count("interval", interval, "steps", True)
-        if total_steps is None and interval is None:
-            raise ValueError(
-                "The length of the run is needed to spread recompositions over "
-                "it: pass `total_steps`, or an `interval`. "
-                f"Received: {total_steps=}, {interval=}"
-            )
-        predictions_per_step = check_count(
+        preparation.check_length(total_steps, interval)
+        predictions = check_count(
             "predictions_per_step", predictions_per_step, "predictions", True
         )
-        if total_steps != 0:
-            total_steps = check_count("total_steps", total_steps, "steps", True)
-        self._model = model if isinstance(model, keras.Model) else None
-        self.layers = (
-            list(model) if self._model is None else srlora_layers(model)
-        )
+        whole = isinstance(model, keras.Model)
+        self._model = model if whole else None
+        self.layers = srlora_layers(model) if whole else list(model)
         self.recipe = preparation.choose_recipe(
             self.layers, recipe, fusion_ratio
         )
@@ -119,11 +109,7 @@ class Recomposer:
         preparation.start_layers(self.layers, self.recipe)
         self.events: list[Recomposition] = []
         self.pace = Pace(
-            self.recipe,
-            interval,
-            self._work_left,
-            verbose,
-            predictions_per_step,
+            self.recipe, interval, self._work_left, verbose, predictions
         )
         self.pace.total_steps = total_steps or 0
         self.restored = False  # whether a file was loaded since it was made
@@ -271,19 +257,9 @@ class Recomposer:
         ]
         if exhausted:
             self._warn_of_exhausted(exhausted)
-        schedule = self.pace.state.schedule
-        groups = schedule.take(step)
-        events = recompose(
-            self.sensitivity,
-            self.optimizer,
-            step,
-            self.recipe,
-            layers=[
-                layer
-                for index, layer in enumerate(self.layers)
-                if index % schedule.turns in groups
-            ],
-        )
+        layers = self.pace.state.schedule.take_layers(step, self.layers)
+        scores, optimizer = self.sensitivity, self.optimizer
+        events = recompose(scores, optimizer, step, self.recipe, layers)
         self.events.extend(events)
         if events and self._verbose:
             print(f"\n{describe(events, len(self.layers))}", flush=True)
