@@ -27,7 +27,7 @@ class RecompositionCallback(keras.callbacks.Callback):
     `"adaptive"`, trains each pair for a twentieth of the run, at least 200
     steps and 200,000 predictions (tokens, values or labels). Then it fuses the
     pair and restarts its slot, until 0.85 of the run. A run of fewer than five
-    such lives is plain LoRA; `verbose=1` says so.
+    such lives is plain LoRA, with a warning where it has few predictions.
 
     Expect a gain in long runs whose task needs an update of a higher rank. The
     length of a run is `epochs` times the steps of an epoch; where the data set

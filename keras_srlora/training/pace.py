@@ -168,13 +168,7 @@ class Pace:
         self.state.schedule = Schedule(origin=step, recomposed_at=step)
         self.state.gate = None
         if self.is_too_short:
-            if self._verbose:
-                print(
-                    "\nThis run is plain LoRA: the recipe asks for "
-                    f"{self.recipe.lives_per_run} lives of a pair, "
-                    f"{self.life:.0f} steps each. It has {self.total_steps}.",
-                    flush=True,
-                )
+            self._tell_of_lora()
             return
         gate = self.recipe.gate_class
         if gate is None or self.interval is not None:
@@ -183,6 +177,28 @@ class Pace:
             self.state.gate = gate.start(
                 self.total_steps, step, self.recipe.steps_per_pair
             )
+
+    def _tell_of_lora(self):
+        """Prints that a run has few steps; warns where it is predictions."""
+        lives, steps = self.recipe.lives_per_run, self.total_steps
+        if steps < lives * self.recipe.life(steps):
+            if self._verbose:
+                print(
+                    f"\nThis run is plain LoRA: the recipe asks for {lives} "
+                    f"lives of a pair, {self.life:.0f} steps each. "
+                    f"It has {steps}.",
+                    flush=True,
+                )
+            return
+        _warn(
+            "Nothing will be recomposed, this run is plain LoRA: a step learns "
+            f"from {self.state.predictions:g} predictions (labels, tokens or "
+            f"values), so that a pair would live for {self.life:.0f} steps, "
+            f"and the recipe asks for {lives} lives. Received: a run of "
+            f"{steps} steps. Train longer or with larger batches. To recompose "
+            "all the same, pass `RecompositionCallback(interval=...)` or "
+            'another recipe, such as `recipe="lora_restarts"`.'
+        )
 
     def _make_schedule(self, step):
         """Spreads the recompositions that are left over the rest of the run."""

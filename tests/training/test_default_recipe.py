@@ -90,15 +90,12 @@ def test_a_life_has_a_least_number_of_predictions():
         assert [e.step for e in events] == list(range(life // 2, 68, life // 2))
 
 
-def test_a_run_of_few_predictions_is_lora(capsys):
+def test_a_run_of_few_predictions_is_lora():
     recipe = quick(predictions_per_pair=300)
     model = converted(recipe)
-    callback = RecompositionCallback(verbose=1)
     # 80 steps of 24 predictions are not seven times 300.
-    assert fit(model, callback, 10) == []
-    assert "lives of a pair, 12 steps each. It has 80" in (
-        capsys.readouterr().out
-    )
+    with pytest.warns(UserWarning, match="from 24 .*for 12 steps.*7 lives.*80"):
+        assert fit(model, RecompositionCallback(), 10) == []
     lora = converted(Recipe(start="lora"))
     data = regression_data(np.random.default_rng(0))
     lora.fit(*data, batch_size=8, epochs=10, verbose=0)
