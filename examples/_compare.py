@@ -99,8 +99,8 @@ def run(method, task, args):
     print(f"{METHODS[method]} on validation: {', '.join(scores)}", flush=True)
     if method == "srlora" and not result.events:
         print(
-            f"It recomposed nothing: {len(result.losses)} steps are too few "
-            "for this recipe, so the run was plain LoRA."
+            f"It recomposed nothing: {len(result.losses)} steps, or what they "
+            "learn from, are too few for this recipe. The run was plain LoRA."
         )
     return result, backbone, model
 

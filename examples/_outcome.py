@@ -60,8 +60,9 @@ def show(runs):
 def too_short(run):
     """What to know of an SRLoRA run without recompositions."""
     return (
-        f"{len(run.losses)} steps are too few to recompose, so SRLoRA was "
-        "plain LoRA here.\nThe README's picture shows a longer run."
+        f"{len(run.losses)} steps, or what they learn from, are too few to "
+        "recompose, so SRLoRA was plain LoRA here.\nThe README's picture shows "
+        "a longer run."
     )
 
 
