@@ -97,7 +97,7 @@ class PredictionCounter:
         if losses is None:
             return None
         counts = [
-            count_predictions(shape, keras.losses.get(loss))
+            count_predictions(shape, loss)
             for shape, loss in zip(self.shapes or [], losses)
             if loss is not None
         ]
@@ -118,6 +118,8 @@ class PredictionCounter:
 
 def count_predictions(shape, loss):
     """Predictions in an output of a shape without the batch, or `None`."""
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
     if not _is_one_of(loss, OF_VALUES):
         if not _is_one_of(loss, OF_VECTORS):
             return None
