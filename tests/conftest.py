@@ -57,8 +57,8 @@ def _libraries_are_no_garbage():
     """Hides what was imported, half a million objects, from the collector.
 
     Where layers change, the package looks through all objects for the models
-    that hold them, and most tests change layers. Without it the suite takes
-    twice as long on TensorFlow.
+    that hold them, and most tests change layers. Without this, each of them
+    looks through all that the libraries made as well.
     """
     gc.collect()
     gc.freeze()
