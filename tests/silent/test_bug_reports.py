@@ -398,7 +398,8 @@ def test_a_mask_reaches_what_comes_behind(names, rng):
     assert_close(predicted(model, x), tuned)
 
 
-UNICODE = ["größe.α", "層 1"]
+# PyTorch takes no dot in the name of a parameter.
+UNICODE = ["größe-α" if BACKEND == "torch" else "größe.α", "層 1"]
 
 
 def test_names_in_any_script(rng, tmp_path):
