@@ -78,7 +78,7 @@ def tests(session):
 
 @nox.session
 def quick(session):
-    """Run what takes a minute, on `KERAS_BACKEND` or PyTorch."""
+    """Run the fast tests, on `KERAS_BACKEND` or PyTorch."""
     # PyTorch compiles nothing.
     install_for_tests(session, "torch")
     # Whole models, other processes and examples take the most time.
