@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _libraries_are_no_garbage():
-    """Hides what was imported, half a million objects, from the collector.
+    """Hides the half million objects of the libraries from the collector.
 
     Where layers change, the package looks through all objects for the models
     that hold them, and most tests change layers. Without this, each of them

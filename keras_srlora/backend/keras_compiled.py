@@ -72,10 +72,10 @@ def drop_compiled_functions(model):
 def functions_that_read(variables) -> list:
     """The living functions whose traces read one of some variables.
 
-    Those of the user, too, whatever they are attributes of. What was compiled
-    for good is beyond reach: a concrete function, an exported model, what
-    `lower().compile()` returned. What a trace of JAX reads cannot be told:
-    there it is every `jax.jit` function that no library made.
+    The user's own functions are among them. Three things are out of reach: a
+    concrete function, an exported model, and the program that
+    `lower().compile()` returns. JAX does not tell which variables a trace
+    reads: on JAX these are all `jax.jit` functions that no library made.
     """
     if keras.backend.backend() == "jax":
         return _jitted_functions()
@@ -146,32 +146,3 @@ def _handles(variable):
     # One on each replica of a strategy.
     parts = getattr(value, "values", None) or [value]
     return [part.handle for part in parts]
-
-
-def watch_predictions(model, counter):
-    """Lets `counter.note(y_pred)` see each call of a model's `compute_loss`.
-
-    `compute_loss` is public, to be overridden by a subclass; an attribute of
-    the instance does so for a while. It is set past Keras's `__setattr__`:
-    neither tracked nor saved.
-    """
-    stop_watching_predictions(model)
-    compute_loss = model.compute_loss
-
-    def watched(*args, **kwargs):
-        y_pred = kwargs.get("y_pred", args[2] if len(args) > 2 else None)
-        if y_pred is not None:
-            counter.note(y_pred)
-        return compute_loss(*args, **kwargs)
-
-    watched.before = vars(model).get("compute_loss")  # type: ignore[attr-defined]
-    vars(model)["compute_loss"] = watched
-
-
-def stop_watching_predictions(model):
-    """Undoes `watch_predictions`, where it is in place."""
-    watched = vars(model).get("compute_loss")
-    if hasattr(watched, "before"):
-        del vars(model)["compute_loss"]
-        if watched.before is not None:
-            vars(model)["compute_loss"] = watched.before

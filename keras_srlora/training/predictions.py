@@ -56,7 +56,7 @@ class PredictionCounter:
 
     Attributes:
         shapes: list of the shapes of the predictions, without the batch;
-            `None` before the first step, or where a `train_step` of one's own
+            `None` before the first step, or where the model's own `train_step`
             does not call `compute_loss`.
         names: list of the outputs' names, in the order of `shapes`, where the
             model returns a dict.
@@ -66,8 +66,34 @@ class PredictionCounter:
         self.shapes: list | None = None
         self.names: list = []
 
-    def note(self, y_pred):
-        """Takes the shapes of predictions, which may be nested."""
+    def watch(self, model):
+        """Notes the predictions of each call of a model's `compute_loss`.
+
+        A subclass overrides `compute_loss`; an attribute of the instance does
+        so for a while. It is set past Keras's `__setattr__`: neither tracked
+        nor saved.
+        """
+        self.stop_watching(model)
+        compute_loss = model.compute_loss
+
+        def watched(*args, **kwargs):
+            y_pred = kwargs.get("y_pred", args[2] if len(args) > 2 else None)
+            if y_pred is not None:
+                self._note(y_pred)
+            return compute_loss(*args, **kwargs)
+
+        watched.before = vars(model).get("compute_loss")  # type: ignore[attr-defined]
+        vars(model)["compute_loss"] = watched
+
+    def stop_watching(self, model):
+        """Undoes `watch`, where it is in place."""
+        watched = vars(model).get("compute_loss")
+        if hasattr(watched, "before"):
+            del vars(model)["compute_loss"]
+            if watched.before is not None:
+                vars(model)["compute_loss"] = watched.before
+
+    def _note(self, y_pred):
         self.names = sorted(y_pred) if isinstance(y_pred, dict) else []
         self.shapes = [tuple(x.shape)[1:] for x in keras.tree.flatten(y_pred)]
 

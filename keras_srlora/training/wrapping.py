@@ -7,7 +7,6 @@ with the model for the next `fit`, which then compiles nothing.
 
 import keras
 
-from keras_srlora.backend import keras_compiled
 from keras_srlora.backend import keras_private
 from keras_srlora.training.optimizer import SensitivityOptimizer
 from keras_srlora.training.predictions import PredictionCounter
@@ -147,7 +146,7 @@ class _Kept:
     def enter(self, model):
         """Puts the wrapper in place, with the function compiled for it."""
         put_in_place(model, self.outer, self.wrapper)
-        keras_compiled.watch_predictions(model, self.counter)
+        self.counter.watch(model)
         if not self._entered:
             # Not after a run that was interrupted: they are in place.
             self._exchange_functions(model)
@@ -155,7 +154,7 @@ class _Kept:
 
     def leave(self, model):
         """The inverse of `enter`; of the optimizer, unless `compile` came."""
-        keras_compiled.stop_watching_predictions(model)
+        self.counter.stop_watching(model)
         if self._entered and is_wrapped_by(model, self.wrapper):
             put_in_place(model, self.outer, self.wrapper.unwrap())
             self._exchange_functions(model)

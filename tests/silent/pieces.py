@@ -52,6 +52,20 @@ def batch(rng, rows=4, width=WIDTH):
     return rng.standard_normal((rows, width)).astype("float32")
 
 
+def fit(model, data, callbacks=(), epochs=2, **arguments):
+    """A run in batches of 8, always in the same order."""
+    with collected_warnings():
+        model.fit(
+            *data,
+            batch_size=8,
+            epochs=epochs,
+            shuffle=False,
+            verbose=0,
+            callbacks=list(callbacks),
+            **arguments,
+        )
+
+
 def called(model, x):
     """What a model computes when it is called eagerly: always up to date."""
     return keras.tree.map_structure(to_numpy, model(x, training=False))

@@ -17,6 +17,7 @@ from pieces import collected_warnings
 from pieces import convert
 from pieces import differ
 from pieces import encoder
+from pieces import fit
 from pieces import ids
 from pieces import nudge
 from pieces import pooled
@@ -51,20 +52,8 @@ def trained(rng, callbacks=(), compile_args=(), epochs=2, **fit_args):
     arguments = {"optimizer": keras.optimizers.Adam(0.05), "loss": "mse"}
     model.compile(**arguments, **dict(compile_args))
     x, y = batch(rng, 32), batch(rng, 32, 3)
-    with collected_warnings():
-        model.fit(
-            x,
-            y,
-            batch_size=8,
-            epochs=epochs,
-            shuffle=False,
-            verbose=0,
-            callbacks=[
-                keras_srlora.RecompositionCallback(interval=3),
-                *callbacks,
-            ],
-            **fit_args,
-        )
+    callbacks = [keras_srlora.RecompositionCallback(interval=3), *callbacks]
+    fit(model, (x, y), callbacks, epochs, **fit_args)
     return model, x
 
 

@@ -1,4 +1,4 @@
-"""What was frozen at the conversion stays frozen: thawed, saved, called."""
+"""Layers that the conversion froze stay frozen, whatever comes after it."""
 
 import keras
 import numpy as np

@@ -9,9 +9,9 @@ from pieces import WIDTH
 from pieces import assert_close
 from pieces import batch
 from pieces import called
-from pieces import collected_warnings
 from pieces import convert
 from pieces import encoder
+from pieces import fit
 from pieces import nudge
 from support import to_numpy
 
@@ -40,17 +40,9 @@ def compiled(optimizer):
     return model
 
 
-def fit(model, data, callback=False, epochs=2):
-    callbacks = [keras_srlora.RecompositionCallback(5)] if callback else []
-    with collected_warnings():
-        model.fit(
-            *data,
-            batch_size=8,
-            epochs=epochs,
-            shuffle=False,
-            verbose=0,
-            callbacks=callbacks,
-        )
+def recomposing(callback):
+    """The callbacks of a run, with recompositions or without."""
+    return [keras_srlora.RecompositionCallback(5)] if callback else []
 
 
 def data(rng):
@@ -70,23 +62,23 @@ def test_each_adapter_is_trained_as_if_it_were_alone(kind, callback, rng):
     for of_model in (first, second):
         model = compiled(OPTIMIZERS[kind]())
         start = factors(model)
-        fit(model, of_model, callback)
-        fit(model, of_model, callback)
+        fit(model, of_model, recomposing(callback))
+        fit(model, of_model, recomposing(callback))
         expected.append(factors(model))
     # One model with two, trained by turns.
     model = compiled(OPTIMIZERS[kind]())
-    fit(model, first, callback)
+    fit(model, first, recomposing(callback))
     keras_srlora.add_adapter(model, "b")
     for factor, value in zip(
         [v for v in model.trainable_variables if "lora" in v.path], start
     ):
         factor.assign(value)
-    fit(model, second, callback)
+    fit(model, second, recomposing(callback))
     keras_srlora.set_adapter(model, "default")
-    fit(model, first, callback)
+    fit(model, first, recomposing(callback))
     assert_close(factors(model), expected[0], 1e-4)
     keras_srlora.set_adapter(model, "b")
-    fit(model, second, callback)
+    fit(model, second, recomposing(callback))
     assert_close(factors(model), expected[1], 1e-4)
 
 

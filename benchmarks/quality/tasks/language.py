@@ -89,7 +89,8 @@ def pretrain_gpt(width, folder):
 def code(steps, width=96, batch_size=BATCH_SIZE, epochs=1):
     """A GPT adapted to Python's standard library; no new head.
 
-    As many bytes a window as the model is wide.
+    As many bytes a window as the model is wide. With more epochs the steps are
+    as many, and the text is shorter.
     """
     folder = data.fetched(
         f"gpt-{width}-reviews", functools.partial(pretrain_gpt, width)
@@ -119,16 +120,16 @@ def code(steps, width=96, batch_size=BATCH_SIZE, epochs=1):
     )
 
 
+small = functools.partial(code, width=64)
 TASKS = {
     "code": functools.partial(code, 2000),
     "code_6000": functools.partial(code, 6000),
-    "code_small": functools.partial(code, 2000, width=64),
-    "code_small_1": functools.partial(code, 2000, width=64, batch_size=1),
-    "code_small_1_16000": functools.partial(
-        code, 16000, width=64, batch_size=1
-    ),
-    "code_6000_small": functools.partial(code, 6000, width=64),
-    "code_small_8e": functools.partial(code, 2000, width=64, epochs=8),
-    "code_small_2": functools.partial(code, 2000, width=64, batch_size=2),
-    "code_small_4": functools.partial(code, 2000, width=64, batch_size=4),
+    "code_small": functools.partial(small, 2000),
+    "code_6000_small": functools.partial(small, 6000),
+    "code_small_8e": functools.partial(small, 2000, epochs=8),
+    # Few predictions a step.
+    "code_small_1": functools.partial(small, 2000, batch_size=1),
+    "code_small_2": functools.partial(small, 2000, batch_size=2),
+    "code_small_4": functools.partial(small, 2000, batch_size=4),
+    "code_small_1_16000": functools.partial(small, 16_000, batch_size=1),
 }
