@@ -116,6 +116,24 @@ def test_a_subclass_says_it_too_and_a_second_fit_remembers():
         assert counted(model, x, y) == 12
 
 
+def test_outputs_of_a_subclass_have_the_names_of_its_dict():
+    class Two(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden = keras_srlora.SRLoRADense(5, rank=2)
+
+        def call(self, x):
+            x = self.hidden(x)
+            return {"second": x[:, :3], "first": x}
+
+    model = Two()
+    x = np.ones((8, 4), "float32")
+    model(x)
+    model.compile("sgd", {"second": "mse", "first": CROSSENTROPY})
+    y = {"second": np.ones((8, 3), "float32"), "first": np.ones(8, "int32")}
+    assert counted(model, x, y) == 4 * (3 + 1)
+
+
 def test_what_a_train_step_does_not_say_is_unknown():
     class Own(keras.Model):
         def compute_loss(self, x=None, y=None, y_pred=None, *args, **kwargs):

@@ -101,6 +101,28 @@ def whole():
 # Deciding.
 
 
+def test_a_loop_says_how_many_predictions_a_step_learns_from():
+    recipe = Recipe(
+        start="lora",
+        scale="as_lora",
+        slots="zero",
+        schedule="by_life",
+        predictions_per_pair=1000,
+        lives_per_run=5,
+    )
+    arguments = {"recipe": recipe, "total_steps": STEPS}
+    with pytest.warns(UserWarning, match="from 10 predictions.*for 100 steps"):
+        few = Loop().begin(predictions_per_step=10, **arguments)
+    few.run()
+    assert few.steps == []
+    # A life of 25 steps.
+    loop = Loop().begin(predictions_per_step=40, **arguments)
+    loop.run(last=60)
+    assert loop.steps == [25, 50]
+    with pytest.raises(ValueError, match="predictions_per_step.*Received"):
+        Loop().begin(predictions_per_step=0, **arguments)
+
+
 def test_a_loop_follows_the_whole_recipe(whole):
     """Gate, schedule and stop: nothing, a probe, and then a row of them."""
     steps = whole.steps

@@ -119,6 +119,12 @@ def test_directions_lifetimes_loss_and_importance_are_drawn(run):
     ax = plots.plot_loss(np.arange(STEPS, 0, -1), callback, smooth=3)
     assert [line.get_xdata()[0] for line in ax.lines[1:]] == steps
     np.testing.assert_allclose(ax.lines[0].get_ydata()[0], STEPS - 1)
+    # Across the picture; many are drawn short.
+    assert {line.get_ydata()[1] for line in ax.lines[1:]} == {1.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "FEW_LINES", len(steps) - 1)
+        ax = plots.plot_loss(np.arange(STEPS, 0, -1), callback)
+    assert max(line.get_ydata()[1] for line in ax.lines[1:]) < 0.1
     ax = plots.plot_importance(callback, layer="first")
     first = [event for event in callback.events if event.layer == "first"]
     np.testing.assert_allclose(
