@@ -12,8 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import is_integer
+from keras_srlora.backend.keras_private.kernels import kernel_shape
+from keras_srlora.backend.keras_private.nesting import flatten_layers
 from keras_srlora.files.atomic import written_whole
 from keras_srlora.files.tensors import write_tensors
 from keras_srlora.functional.contraction import as_kernel
@@ -101,14 +102,14 @@ def export_lora(
     # As KerasHub counts: by index among the layers that have weights.
     layers = [
         layer
-        for layer in keras_private.flatten_layers(backbone)
+        for layer in flatten_layers(backbone)
         if layer is not backbone and layer.weights
     ]
     arrays = {}
     for index, layer in enumerate(layers):
         if layer.name not in names or not hasattr(layer, "enable_lora"):
             continue
-        shape = keras_private.kernel_shape(layer)
+        shape = kernel_shape(layer)
         a = np.zeros((*shape[:-1], rank), "float32")
         b = np.zeros((rank, shape[-1]), "float32")
         # A layer of the same name that was not adapted gets an update of zero.

@@ -6,7 +6,8 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.adapters.names import find_by_path
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import kernel_shape
+from keras_srlora.backend.keras_private.nesting import flatten_layers
 from keras_srlora.conversion.enable import check_convertible
 from keras_srlora.conversion.enable import plain_matrix
 from keras_srlora.files import tensors as tensors_file
@@ -118,7 +119,7 @@ def describe(layer, path, modules):
         "path": path,
         "class": PLAIN[type(layer)].__name__,
         "equation": getattr(layer, "equation", None),
-        "kernel_shape": list(keras_private.kernel_shape(layer)),
+        "kernel_shape": list(kernel_shape(layer)),
         "rank": layer.rank,
         "target_rank": layer.direction_count,
         "lora_alpha": layer.lora_alpha,
@@ -191,7 +192,7 @@ def read_checked(model, filepath, any_rank=False):
         tensors = dict(opened)
     by_path: dict = {}
     paths = layer_paths(model)
-    for layer in keras_private.flatten_layers(model):
+    for layer in flatten_layers(model):
         by_path.setdefault(paths[id(layer)], []).append(layer)
     plans = []
     for saved in _descriptions(metadata, filepath):
@@ -275,7 +276,7 @@ def _check_fits(layer, saved, arrays, filepath, any_rank):
         raise ValueError(f"Layer {path!r} is not built: build the model first.")
     here = {
         "equation": getattr(layer, "equation", None),
-        "kernel_shape": list(keras_private.kernel_shape(layer)),
+        "kernel_shape": list(kernel_shape(layer)),
         "rank": getattr(layer, "rank", saved["rank"]),
     }
     if any_rank:
@@ -317,12 +318,12 @@ def _pretrained_matrix(layer):
     return plain_matrix(layer) if plain else pairs.pretrained_matrix(layer)
 
 
-def _check_arrays(kernel_shape, saved, arrays, file):
-    if saved["target_rank"] > min(kernel_shape):
+def _check_arrays(shape, saved, arrays, file):
+    if saved["target_rank"] > min(shape):
         raise ValueError(
             f"{file!r} does not fit layer {saved['path']!r}: its target_rank "
             f"is {saved['target_rank']}, above the smaller side of the kernel, "
-            f"which is {kernel_shape[0]} x {kernel_shape[1]} as a matrix."
+            f"which is {shape[0]} x {shape[1]} as a matrix."
         )
     kept, fused = (_row_count(arrays.get(x)) for x in ("kept", "fused_a"))
     again = get_recipe(saved["recipe"]).reuse_directions
@@ -332,7 +333,7 @@ def _check_arrays(kernel_shape, saved, arrays, file):
             f"fused ({fused}) than its {saved['target_rank']} directions are "
             "good for."
         )
-    rows, columns = kernel_shape
+    rows, columns = shape
     expected = _shapes(
         saved["rank"],
         rows,

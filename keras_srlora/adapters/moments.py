@@ -9,8 +9,8 @@ import weakref
 
 import keras
 
-from keras_srlora.backend import keras_optimizers
 from keras_srlora.backend import torch_optimizers
+from keras_srlora.backend.keras_private import rebuilding
 
 
 def keep_moments(layers) -> list:
@@ -57,8 +57,8 @@ def _optimizers(layers):
     """`[(module that knows its kind, optimizer)]`."""
     factors = [v for layer in layers for v in layer.factors]
     found = [
-        (keras_optimizers, optimizer)
-        for optimizer in keras_optimizers.living_optimizers(factors)
+        (rebuilding, optimizer)
+        for optimizer in rebuilding.living_optimizers(factors)
     ]
     if keras.backend.backend() == "torch":
         found += [

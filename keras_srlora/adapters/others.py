@@ -9,8 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_pinned
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import variables_held
+from keras_srlora.backend.keras_private.pinned import own_variables
 from keras_srlora.conversion.freezing import pretrained_variables
 from keras_srlora.layers.base import SRLoRALayer
 
@@ -33,10 +34,10 @@ def _moving_averages(model):
     if not model.trainable:
         return []
     found = []
-    for layer in keras_private.flatten_layers(model):
+    for layer in flatten_layers(model):
         if layer.trainable and not isinstance(layer, SRLoRALayer):
-            trained = set(map(id, keras_pinned.own_variables(layer)))
-            held = keras_private.variables_held(layer)
+            trained = set(map(id, own_variables(layer)))
+            held = variables_held(layer)
             found += [v for v in held if id(v) not in trained]
     return found
 

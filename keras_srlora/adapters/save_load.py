@@ -19,8 +19,8 @@ from keras_srlora.adapters.moments import put_moments
 from keras_srlora.adapters.others import check_finite_variables
 from keras_srlora.adapters.others import to_numpy
 from keras_srlora.adapters.others import trainable_beside
-from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import check_paths
+from keras_srlora.backend.keras_private.nesting import flatten_layers
 from keras_srlora.conversion.enable import convert_plain
 from keras_srlora.conversion.freezing import module_paths
 from keras_srlora.conversion.freezing import saved_variables
@@ -252,7 +252,7 @@ def clear(layer):
 def _adapted(model):
     return [
         layer
-        for layer in keras_private.flatten_layers(model)
+        for layer in flatten_layers(model)
         if isinstance(layer, SRLoRALayer)
     ]
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.nesting import seed_states
 
 RANDOM_NAMES = ("random_seeds", "random_torch", "random_cuda")
 
@@ -17,7 +17,7 @@ class RandomState:
     """The generators that a model draws from in training."""
 
     def __init__(self, model):
-        self.seeds = keras_private.seed_states(model)
+        self.seeds = seed_states(model)
 
     def to_arrays(self):
         """Their states, as `{name: array}`."""

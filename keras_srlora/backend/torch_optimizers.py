@@ -1,4 +1,4 @@
-"""The state of optimizers of `torch.optim`, as in `keras_optimizers`."""
+"""The state of `torch.optim` optimizers, as in `keras_private.rebuilding`."""
 
 import gc
 

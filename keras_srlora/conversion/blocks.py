@@ -9,10 +9,11 @@ has none, its last layer with a kernel is the head.
 
 import keras
 
-from keras_srlora.backend import keras_private
-from keras_srlora.backend.keras_graph import read_graph
-from keras_srlora.backend.keras_pinned import layers_directly_inside
-from keras_srlora.backend.keras_private import inside
+from keras_srlora.backend.keras_private.graph import read_graph
+from keras_srlora.backend.keras_private.kernels import kernel_shape
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import inside
+from keras_srlora.backend.keras_private.pinned import layers_directly_inside
 from keras_srlora.layers.kinds import ADAPTED
 from keras_srlora.layers.kinds import PLAIN
 from keras_srlora.layers.kinds import plain_class
@@ -27,9 +28,7 @@ def pretrained_projections(model):
 
     Those that are SRLoRA layers already are among them.
     """
-    projections = [
-        x for x in keras_private.flatten_layers(model) if _is_projection(x)
-    ]
+    projections = [x for x in flatten_layers(model) if _is_projection(x)]
     models = _models_at_the_surface(model)
     surface = _at_the_surface(models)
     blocks = {id(x) for x in projections} - surface
@@ -96,7 +95,7 @@ def _is_projection(layer):
         return False
     if not layer.built:
         return False
-    shape = keras_private.kernel_shape(layer)
+    shape = kernel_shape(layer)
     return not (isinstance(layer, keras.layers.Dense) and 1 in shape)
 
 

@@ -11,9 +11,13 @@ from typing import Any
 
 import keras
 
-from keras_srlora.backend import hub_presets
-from keras_srlora.backend import keras_private
-from keras_srlora.backend.keras_private import inside
+from keras_srlora.backend.keras_private.nesting import builds_when_called
+from keras_srlora.backend.keras_private.nesting import config_lists_layers
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import in_symbolic_call
+from keras_srlora.backend.keras_private.nesting import inside
+from keras_srlora.backend.keras_private.nesting import refresh_torch_parameters
+from keras_srlora.backend.keras_private.presets import saves_a_preset
 from keras_srlora.backend.mixins import KerasMixin
 from keras_srlora.conversion.freezing import have_places
 from keras_srlora.conversion.freezing import is_frozen_for_good
@@ -59,7 +63,7 @@ def _listed_frozen(containers):
     return [
         layer
         for container in containers
-        if keras_private.config_lists_layers(container)
+        if config_lists_layers(container)
         for layer in container.layers
         if is_frozen_for_good(layer)
     ]
@@ -80,7 +84,7 @@ def _adapted(container):
     """`{place: layer}` of the SRLoRA layers inside, in Keras's own order."""
     return {
         place: layer
-        for place, layer in enumerate(keras_private.flatten_layers(container))
+        for place, layer in enumerate(flatten_layers(container))
         if isinstance(layer, SRLoRALayer)
     }
 
@@ -88,14 +92,14 @@ def _adapted(container):
 def _makes_its_layers(layer):
     if isinstance(layer, (Converted, SRLoRALayer)):
         return False
-    return not keras_private.config_lists_layers(layer)
+    return not config_lists_layers(layer)
 
 
 class Converted(KerasMixin):
     """Mixin of a container whose class makes the layers inside of it."""
 
     def get_config(self):
-        if hub_presets.saves_a_preset():
+        if saves_a_preset():
             # That of a task which was made around it.
             _refuse_preset(self)
         converted = type(self)
@@ -107,7 +111,7 @@ class Converted(KerasMixin):
         # The converted object is compiled, by its own part of the file.
         plain.pop("compile_config", None)
         optimizer = getattr(self, "optimizer", None)
-        if keras_private.builds_when_called(self):
+        if builds_when_called(self):
             plain.pop("build_config", None)
         return {
             "plain": plain,
@@ -141,7 +145,7 @@ class Converted(KerasMixin):
 
     def get_build_config(self):
         """Nothing for a layer without a `build`, which Keras warns of."""
-        if keras_private.builds_when_called(self):
+        if builds_when_called(self):
             return None
         return super().get_build_config()
 
@@ -177,7 +181,7 @@ class Awaiting(Converted):
     def __call__(self, *args, **kwargs):
         outputs = super().__call__(*args, **kwargs)
         # Inside of the symbolic call of an outer layer nothing is built yet.
-        if not keras_private.in_symbolic_call():
+        if not in_symbolic_call():
             _convert_as_saved(self, vars(self)[AWAITED])
         return outputs
 
@@ -204,7 +208,7 @@ def _convert_as_saved(container, config):
             f"{missing} of the layers inside of a "
             f"{type(container).__name__}"
         )
-    layers = keras_private.flatten_layers(container)
+    layers = flatten_layers(container)
     for layer in layers:
         if isinstance(layer, Awaiting):
             layer.__dict__.pop(AWAITED)
@@ -221,7 +225,7 @@ def _convert_as_saved(container, config):
             for saved in config["adapted"]
         ],
     )
-    keras_private.refresh_torch_parameters(container)
+    refresh_torch_parameters(container)
     set_trainable_flags(container, config["trainable"])
 
 
@@ -233,7 +237,7 @@ def _is_complete(container, config):
 
 def _missing(container, config):
     """Descriptions of the layers in a config that a container has not."""
-    layers = keras_private.flatten_layers(container)
+    layers = flatten_layers(container)
     return [
         f"number {saved['place']} of {len(layers)} ({saved['arguments']})"
         for saved in config["adapted"]

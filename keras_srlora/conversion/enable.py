@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import keras
 
-from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import check_choice
+from keras_srlora.backend.keras_private.kernels import kernel_constraint
 from keras_srlora.backend.progress import check_verbose
 from keras_srlora.conversion.containers import convert_layers
 from keras_srlora.conversion.freezing import freeze_base
@@ -211,7 +211,7 @@ def check_convertible(layer, rank):
             f"{layer.lora_rank}). Load the plain model and convert that."
         )
     check_quantization(layer)
-    constraint = keras_private.kernel_constraint(layer)
+    constraint = kernel_constraint(layer)
     if constraint is not None:
         raise ValueError(
             f"Layer {path!r} has a kernel constraint, which needs the kernel "

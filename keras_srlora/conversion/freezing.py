@@ -6,10 +6,21 @@ import warnings
 
 import keras
 
-from keras_srlora.backend import keras_pinned
-from keras_srlora.backend import keras_private
-from keras_srlora.backend.keras_graph import read_graph
-from keras_srlora.backend.keras_private import inside
+from keras_srlora.backend.keras_private.graph import read_graph
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import inside
+from keras_srlora.backend.keras_private.nesting import set_variable_trainable
+from keras_srlora.backend.keras_private.pinned import has_pins
+from keras_srlora.backend.keras_private.pinned import hold
+from keras_srlora.backend.keras_private.pinned import is_held
+from keras_srlora.backend.keras_private.pinned import layers_directly_inside
+from keras_srlora.backend.keras_private.pinned import own_variables
+from keras_srlora.backend.keras_private.pinned import pin
+from keras_srlora.backend.keras_private.pinned import pinned_variables
+from keras_srlora.backend.keras_private.pinned import set_own_trainable
+from keras_srlora.backend.keras_private.pinned import set_trainable
+from keras_srlora.backend.keras_private.pinned import trainable_before
+from keras_srlora.backend.keras_private.pinned import unpin
 from keras_srlora.conversion.blocks import calls_holding
 from keras_srlora.conversion.blocks import find_head
 from keras_srlora.conversion.blocks import pretrained_projections
@@ -32,7 +43,7 @@ def freeze_base(model, targets, trained=(), modules=(), around=()):
         modules: list of layers to be trained whole.
         around: list of layers that the model may be inside of.
     """
-    everything = keras_private.flatten_layers(model)
+    everything = flatten_layers(model)
     adapted = [x for x in everything if isinstance(x, SRLoRALayer)]
     trained = {id(variable) for variable in trained}
     kept = {id(x) for x in [*targets, *adapted]}
@@ -41,32 +52,32 @@ def freeze_base(model, targets, trained=(), modules=(), around=()):
     whole = {i for layer in modules for i in inside(layer)}
     parts = _base_parts(model, kept)
     for layer in targets:
-        keras_pinned.unpin(layer)
+        unpin(layer)
     for layer in adapted:
         if layer.bias is not None and id(layer.bias) in trained:
-            keras_private.set_variable_trainable(layer, layer.bias, True)
+            set_variable_trainable(layer, layer.bias, True)
             layer.train_bias = True
     learning = kept | whole | _holding(everything, trained)
     for part in parts:
-        for layer in keras_private.flatten_layers(part):
+        for layer in flatten_layers(part):
             if id(layer) not in kept | whole:
                 _freeze(layer, trained)
-        for layer in keras_private.flatten_layers(part):
+        for layer in flatten_layers(part):
             if not inside(layer) & learning and not any(
                 v.trainable for v in layer.variables
             ):
-                keras_pinned.hold(layer)
+                hold(layer)
     for layer in modules:
-        for part in keras_private.flatten_layers(layer):
-            keras_pinned.unpin(part)
-        keras_pinned.set_trainable(layer, True)
+        for part in flatten_layers(layer):
+            unpin(part)
+        set_trainable(layer, True)
     for layer in [*around, *everything]:
         # A model that was frozen whole would train nothing of what is inside.
         if not layer.trainable and inside(layer) & learning:
             _open(layer, learning)
     for layer in everything:
         # Moving averages are never trained, whoever names them.
-        for variable in keras_pinned.own_variables(layer):
+        for variable in own_variables(layer):
             if id(variable) in trained:
                 variable.trainable = True
 
@@ -78,7 +89,7 @@ def release(models):
         models: list of models; those in which SRLoRA layers are left stay as
             they are, with all their sublayers.
     """
-    inner = {id(x): keras_private.flatten_layers(x) for x in models}
+    inner = {id(x): flatten_layers(x) for x in models}
     busy = {
         id(layer)
         for layers in inner.values()
@@ -91,19 +102,19 @@ def release(models):
     for layers in inner.values():
         for layer in layers:
             if id(layer) not in busy:
-                keras_pinned.unpin(layer)
+                unpin(layer)
 
 
 def _thaw(layer, busy):
     """Thaws variables that were trainable before, in layers that are now."""
-    if id(layer) not in busy and keras_pinned.has_pins(layer):
-        before = keras_pinned.trainable_before(layer)
+    if id(layer) not in busy and has_pins(layer):
+        before = trainable_before(layer)
         if id(layer) in before:
-            keras_pinned.set_own_trainable(layer, True)
-        for variable in keras_pinned.pinned_variables(layer):
+            set_own_trainable(layer, True)
+        for variable in pinned_variables(layer):
             variable.trainable = id(variable) in before
-    for part in keras_pinned.layers_directly_inside(layer):
-        if part.trainable or keras_pinned.has_pins(part):
+    for part in layers_directly_inside(layer):
+        if part.trainable or has_pins(part):
             _thaw(part, busy)
 
 
@@ -128,7 +139,7 @@ def saved_variables(model: keras.Model) -> list:
 
 def module_paths(model, layer) -> list[str]:
     """The `modules_to_save` of a layer, by their paths in a model."""
-    paths, everything = layer_paths(model), keras_private.flatten_layers(model)
+    paths, everything = layer_paths(model), flatten_layers(model)
     return [
         paths[id(found)]
         for path in layer.modules_to_save
@@ -138,7 +149,7 @@ def module_paths(model, layer) -> list[str]:
 
 def pretrained_variables(model: keras.Model) -> list:
     """The variables of a converted model that are no part of a head."""
-    everything = keras_private.flatten_layers(model)
+    everything = flatten_layers(model)
     adapted = {id(x) for x in everything if isinstance(x, SRLoRALayer)}
     with warnings.catch_warnings():
         # The conversion has warned of unclear ones.
@@ -153,7 +164,7 @@ def _saved_modules(model):
     Returns:
         `{(path, *ids): layers}`.
     """
-    paths, everything = layer_paths(model), keras_private.flatten_layers(model)
+    paths, everything = layer_paths(model), flatten_layers(model)
     found: dict = {}
     for layer in everything:
         if isinstance(layer, SRLoRALayer):
@@ -169,12 +180,12 @@ def trainable_flags(container) -> list:
     0 and 1; -1 of what stays frozen where the whole model is thawed.
     """
     flags = []
-    for layer in keras_private.flatten_layers(container):
-        pinned = set(map(id, keras_pinned.pinned_variables(layer)))
-        own = keras_pinned.own_variables(layer)
+    for layer in flatten_layers(container):
+        pinned = set(map(id, pinned_variables(layer)))
+        own = own_variables(layer)
         flags.append(
             [
-                -1 if keras_pinned.is_held(layer) else int(layer.trainable),
+                -1 if is_held(layer) else int(layer.trainable),
                 [-1 if id(v) in pinned else int(v.trainable) for v in own],
             ]
         )
@@ -183,37 +194,34 @@ def trainable_flags(container) -> list:
 
 def have_places(container, flags) -> bool:
     """Whether a container has the layers and variables of some flags."""
-    layers = keras_private.flatten_layers(container)
+    layers = flatten_layers(container)
     return [len(own) for _, own in flags] == [
-        len(keras_pinned.own_variables(layer)) for layer in layers
+        len(own_variables(layer)) for layer in layers
     ]
 
 
 def is_frozen_for_good(layer) -> bool:
     """Whether a layer has variables, and stays frozen where others thaw."""
-    return any(
-        keras_pinned.pinned_variables(part)
-        for part in keras_private.flatten_layers(layer)
-    )
+    return any(pinned_variables(part) for part in flatten_layers(layer))
 
 
 def set_trainable_flags(container, flags) -> None:
     """Sets the flags of `trainable_flags`."""
-    layers = keras_private.flatten_layers(container)
+    layers = flatten_layers(container)
     # An outer layer comes first, and sets those inside of it.
     for layer, (flag, _) in zip(layers, flags):
         if layer.trainable != (flag > 0):
             layer.trainable = flag > 0
     for layer, (of_layer, own) in zip(layers, flags):
-        variables = list(zip(keras_pinned.own_variables(layer), own))
+        variables = list(zip(own_variables(layer), own))
         pinned = [v for v, flag in variables if flag < 0]
         if pinned or of_layer < 0:
-            keras_pinned.pin(layer, pinned)
+            pin(layer, pinned)
         for variable, flag in variables:
             if variable.trainable != (flag > 0):
                 variable.trainable = flag > 0
         if of_layer < 0:
-            keras_pinned.hold(layer)
+            hold(layer)
 
 
 def _freeze(layer, trained):
@@ -221,21 +229,21 @@ def _freeze(layer, trained):
 
     Variables that an earlier call let train still train.
     """
-    if keras_pinned.has_pins(layer):
-        frozen = keras_pinned.pinned_variables(layer)
+    if has_pins(layer):
+        frozen = pinned_variables(layer)
     else:
-        frozen = keras_pinned.own_variables(layer)
-    keras_pinned.pin(layer, [v for v in frozen if id(v) not in trained])
+        frozen = own_variables(layer)
+    pin(layer, [v for v in frozen if id(v) not in trained])
 
 
 def _open(layer, learning):
     """Makes a frozen layer trainable, and nothing that was frozen with it."""
-    for variable in keras_pinned.own_variables(layer):
+    for variable in own_variables(layer):
         variable.trainable = False
-    for part in keras_pinned.layers_directly_inside(layer):
+    for part in layers_directly_inside(layer):
         if not inside(part) & learning:
-            keras_pinned.set_trainable(part, False)
-    keras_pinned.set_own_trainable(layer, True)
+            set_trainable(part, False)
+    set_own_trainable(layer, True)
 
 
 def _holding(layers, variables):
@@ -243,7 +251,7 @@ def _holding(layers, variables):
     return {
         id(layer)
         for layer in layers
-        if any(id(v) in variables for v in keras_pinned.own_variables(layer))
+        if any(id(v) in variables for v in own_variables(layer))
     }
 
 

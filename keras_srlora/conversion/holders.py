@@ -8,9 +8,14 @@ import warnings
 from typing import Any
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_compiled
-from keras_srlora.backend import keras_optimizers
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.compiled import drop_compiled_functions
+from keras_srlora.backend.keras_private.compiled import functions_that_read
+from keras_srlora.backend.keras_private.compiled import living_models
+from keras_srlora.backend.keras_private.compiled import trace_anew
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import refresh_torch_parameters
+from keras_srlora.backend.keras_private.rebuilding import build_again
+from keras_srlora.backend.keras_private.rebuilding import trains_exactly
 
 
 class Holders:
@@ -27,10 +32,10 @@ class Holders:
     """
 
     def __init__(self, model, layers):
-        found = keras_compiled.living_models(layers)
+        found = living_models(layers)
         others = [x for x in found if x is not model]
         self.models = [model, *others]
-        self._functions = keras_compiled.functions_that_read(
+        self._functions = functions_that_read(
             [v for layer in layers for v in layer.variables]
         )
 
@@ -39,7 +44,7 @@ class Holders:
         everything = {
             id(layer): layer
             for model in self.models
-            for layer in keras_private.flatten_layers(model)
+            for layer in flatten_layers(model)
         }
         return list(everything.values())
 
@@ -51,11 +56,11 @@ class Holders:
         step 0; one that cannot is taken off its model, with a warning.
         """
         for function in self._functions:
-            keras_compiled.trace_anew(function)
+            trace_anew(function)
         failed = []
         for model in self.models:
-            keras_private.refresh_torch_parameters(model)
-            keras_compiled.drop_compiled_functions(model)
+            refresh_torch_parameters(model)
+            drop_compiled_functions(model)
             failed += _renew_optimizer(model)
         if failed:
             warnings.warn(
@@ -72,12 +77,12 @@ def _renew_optimizer(model):
     if not getattr(optimizer, "built", False):
         return []
     variables = model.trainable_variables
-    if keras_optimizers.trains_exactly(optimizer, variables):
+    if trains_exactly(optimizer, variables):
         return []
     try:
         model.optimizer = _without_wrapper(optimizer)
         with devices.strategy_scope(model):
-            keras_optimizers.build_again(model.optimizer, variables)
+            build_again(model.optimizer, variables)
     except Exception as error:
         model.optimizer = None
         return [f"model {model.name!r}, {type(error).__name__}: {error}"]

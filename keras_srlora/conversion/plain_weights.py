@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.nesting import classes_named_as
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.kinds import PLAIN
 
@@ -32,5 +32,5 @@ def load_plain_weights(model: keras.Model, filepath) -> None:
     """
     srlora_layers(model)
     names = {adapted: plain.__name__ for adapted, plain in PLAIN.items()}
-    with keras_private.classes_named_as(names):
+    with classes_named_as(names):
         model.load_weights(filepath)

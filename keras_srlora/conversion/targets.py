@@ -5,10 +5,12 @@ import re
 
 import keras
 
-from keras_srlora.backend import keras_compiled
-from keras_srlora.backend import keras_private
-from keras_srlora.backend.keras_graph import read_graph
-from keras_srlora.backend.keras_private import inside
+from keras_srlora.backend.keras_private.compiled import living_holders
+from keras_srlora.backend.keras_private.graph import read_graph
+from keras_srlora.backend.keras_private.kernels import stored_kernel
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import inside
+from keras_srlora.backend.keras_private.nesting import variables_held
 from keras_srlora.conversion.blocks import DEFAULT
 from keras_srlora.conversion.blocks import pretrained_projections
 from keras_srlora.layers.kinds import ADAPTED
@@ -26,7 +28,7 @@ def find_targets(model, names, excluded=(), modules=()):
         excluded: `exclude_layer_names`.
         modules: list of the layers that are trained whole.
     """
-    everything = keras_private.flatten_layers(model)
+    everything = flatten_layers(model)
     whole = {i for layer in modules for i in inside(layer)}
     if names is None:
         targets = _default_targets(model, everything)
@@ -69,7 +71,7 @@ def check_model(model):
 def find_modules(model, names):
     """The layers that `modules_to_save` names, to be trained whole."""
     _check_names("modules_to_save", names)
-    everything = keras_private.flatten_layers(model)
+    everything = flatten_layers(model)
     found: dict = {}
     for name in names:
         matched = [x for x in _matched(model, everything, name) if x.weights]
@@ -77,7 +79,7 @@ def find_modules(model, names):
             _refuse_name("modules_to_save", model, everything, name)
         found.update((id(layer), layer) for layer in matched)
     for layer in found.values():
-        for part in keras_private.flatten_layers(layer):
+        for part in flatten_layers(layer):
             if type(part) in PLAIN:
                 raise ValueError(
                     f"`modules_to_save` names layer {layer.path!r}, in which "
@@ -243,9 +245,9 @@ def refuse_shared_kernels(targets):
     It would read the frozen kernel alone, and a kernel that it writes is not
     the one that was decomposed. It may be a part of another model.
     """
-    kernels = {id(keras_private.stored_kernel(x)): x for x in targets}
-    for layer in keras_compiled.living_holders(kernels):
-        for variable in keras_private.variables_held(layer):
+    kernels = {id(stored_kernel(x)): x for x in targets}
+    for layer in living_holders(kernels):
+        for variable in variables_held(layer):
             target = kernels.get(id(variable), layer)
             if target is not layer:
                 raise ValueError(

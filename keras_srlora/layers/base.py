@@ -8,8 +8,11 @@ memory in `record.py`.
 
 from keras import ops
 
-from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import as_python_number
+from keras_srlora.backend.keras_private.kernels import call_quantized
+from keras_srlora.backend.keras_private.kernels import kernel_constraint
+from keras_srlora.backend.keras_private.kernels import stored_variables
+from keras_srlora.backend.keras_private.nesting import unique_name
 from keras_srlora.functional import contraction
 from keras_srlora.layers import pairs
 from keras_srlora.layers import weights_file
@@ -76,9 +79,9 @@ class SRLoRALayer(RefusesQuantization):
         recipe = get_recipe(recipe)
         if kwargs.get("name") is None:
             # Keras would make "sr_lo_ra_dense" of the class's name.
-            kwargs["name"] = keras_private.unique_name(type(self).__name__)
+            kwargs["name"] = unique_name(type(self).__name__)
         super().__init__(*args, **kwargs)
-        constraint = keras_private.kernel_constraint(self)
+        constraint = kernel_constraint(self)
         if constraint is not None:
             raise ValueError(
                 "A kernel that is never materialised cannot be constrained "
@@ -161,7 +164,7 @@ class SRLoRALayer(RefusesQuantization):
             y = ops.add(y, low_rank)
             return y if self.activation is None else self.activation(y)
 
-        return keras_private.call_quantized(self, inputs, training, activation)
+        return call_quantized(self, inputs, training, activation)
 
     def _project(self, inputs):
         """`x @ W + s · (x @ aᵀ) @ b`, in two dimensions throughout."""
@@ -269,7 +272,7 @@ class SRLoRALayer(RefusesQuantization):
 
         The kernel is decomposed when training starts.
         """
-        if len(weights) == len(keras_private.stored_variables(self)):
+        if len(weights) == len(stored_variables(self)):
             weights_file.load_plain(self, weights)
         else:
             super().set_weights(weights)

@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import kernel_shape
 from keras_srlora.functional import contraction
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.pairs import kernel_in_step
@@ -86,7 +86,7 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
 
     @staticmethod
     def read_plan(layer, input_ndim=None):
-        in_features, out_features = keras_private.kernel_shape(layer)
+        in_features, out_features = kernel_shape(layer)
         return contraction.dense(input_ndim or 2, in_features, out_features)
 
     @property

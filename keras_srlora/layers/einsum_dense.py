@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import kernel_shape
 from keras_srlora.functional import contraction
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.pairs import kernel_in_step
@@ -54,7 +54,7 @@ class SRLoRAEinsumDense(SRLoRALayer, keras.layers.EinsumDense):
     @staticmethod
     def read_plan(layer, input_ndim=None):
         # `EinsumDense` fixes the number of input dimensions when it is built.
-        shape = keras_private.kernel_shape(layer)
+        shape = kernel_shape(layer)
         return contraction.analyze(layer.equation, layer.input_spec.ndim, shape)
 
     @property

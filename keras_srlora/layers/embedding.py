@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import stored_kernel
 from keras_srlora.functional import contraction
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.pairs import kernel_in_step
@@ -70,7 +70,7 @@ class SRLoRAEmbedding(SRLoRALayer, keras.layers.Embedding):
                 "floats can be adapted. "
                 f"Received: quantization_mode={layer.quantization_mode!r}"
             )
-        rows, columns = keras_private.stored_kernel(layer).shape
+        rows, columns = stored_kernel(layer).shape
         return contraction.dense(2, rows, columns)
 
     def build(self, input_shape=None):

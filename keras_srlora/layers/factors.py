@@ -4,7 +4,12 @@ import functools
 
 from keras import ops
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import kernel_regularizer
+from keras_srlora.backend.keras_private.kernels import stored_kernel
+from keras_srlora.backend.keras_private.kernels import stored_variables
+from keras_srlora.backend.keras_private.nesting import remove_variable
+from keras_srlora.backend.keras_private.nesting import set_variable_trainable
+from keras_srlora.backend.keras_private.nesting import unlocked
 from keras_srlora.layers import pairs
 from keras_srlora.layers.frozen import freeze_kernel
 from keras_srlora.layers.frozen import has_integers
@@ -28,15 +33,15 @@ def add_factors(layer):
     # Once for each number of dimensions: eager torch asks in each call.
     layer.plan = functools.cache(functools.partial(layer.read_plan, layer))
     plan = layer.plan()
-    stored = keras_private.stored_kernel(layer)
-    keras_private.set_variable_trainable(layer, stored, trainable=False)
+    stored = stored_kernel(layer)
+    set_variable_trainable(layer, stored, trainable=False)
     bias = getattr(layer, "bias", None)
     if bias is not None and not layer.train_bias:
-        keras_private.set_variable_trainable(layer, bias, trainable=False)
-    regularizer = keras_private.kernel_regularizer(layer)
+        set_variable_trainable(layer, bias, trainable=False)
+    regularizer = kernel_regularizer(layer)
     sizes = plan.in_features, plan.out_features
     initializers = pairs.a_initializer(layer), "zeros"
-    with keras_private.unlocked(layer):
+    with unlocked(layer):
         for name, size, initializer in zip(
             layer.factor_names, sizes, initializers
         ):
@@ -59,13 +64,13 @@ def remove_factors(layer):
     for name in layer.factor_names:
         factor = getattr(layer, name)
         factor.assign(ops.zeros(factor.shape, factor.dtype))
-        keras_private.remove_variable(layer, factor)
+        remove_variable(layer, factor)
         # `delattr` of a variable collects garbage, 0.25 seconds.
         del vars(layer)[name]
     for name in (*ARGUMENTS, "record", "companions", "plan", "frozen"):
         delattr(layer, name)
     layer.lora_alpha = None  # Keras's own attribute
-    for variable in keras_private.stored_variables(layer):
+    for variable in stored_variables(layer):
         # Keras trains no kernel of integers, nor its scale.
         if variable is layer.bias or not has_integers(layer):
-            keras_private.set_variable_trainable(layer, variable, True)
+            set_variable_trainable(layer, variable, True)

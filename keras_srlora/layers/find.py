@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.nesting import flatten_layers
 from keras_srlora.backend.progress import Progress
 from keras_srlora.backend.progress import check_verbose
 from keras_srlora.files.directions import open_directions
@@ -32,7 +32,7 @@ def srlora_layers(model) -> list:
         )
     layers = [
         layer
-        for layer in keras_private.flatten_layers(model)
+        for layer in flatten_layers(model)
         if isinstance(layer, SRLoRALayer)
     ]
     if not layers:

@@ -12,7 +12,11 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import kernel_scale
+from keras_srlora.backend.keras_private.kernels import replace_quantized_kernel
+from keras_srlora.backend.keras_private.kernels import stored_kernel
+from keras_srlora.backend.keras_private.kernels import unpacked_kernel
+from keras_srlora.backend.keras_private.nesting import remove_variable
 from keras_srlora.functional.contraction import as_kernel
 from keras_srlora.functional.contraction import as_matrix
 from keras_srlora.functional.contraction import matmul
@@ -47,7 +51,7 @@ class FloatKernel:
     room = None
 
     def __init__(self, layer):
-        self.variable = keras_private.stored_kernel(layer)
+        self.variable = stored_kernel(layer)
         self.remainder = None
         self._plan = layer.plan()
 
@@ -160,9 +164,9 @@ class QuantizedKernel:
     def merge(self, layer, matrix):
         kernel = as_kernel(matrix, self._plan)
         if has_integers(layer):
-            keras_private.replace_quantized_kernel(layer, kernel)
+            replace_quantized_kernel(layer, kernel)
         else:
-            stored = keras_private.stored_kernel(layer)
+            stored = stored_kernel(layer)
             stored.assign(ops.cast(kernel, stored.dtype))
         self._remove_fused(layer)
 
@@ -174,7 +178,7 @@ class QuantizedKernel:
         for variable in self.fused:
             # A function that was compiled before still reads them.
             variable.assign(ops.zeros(variable.shape, variable.dtype))
-            keras_private.remove_variable(layer, variable)
+            remove_variable(layer, variable)
 
     def to_arrays(self):
         return {}
@@ -209,11 +213,11 @@ def float_kernel(layer):
         tensor of the kernel's shape, float32 if dequantized.
     """
     if not has_integers(layer):
-        return ops.convert_to_tensor(keras_private.stored_kernel(layer))
+        return ops.convert_to_tensor(stored_kernel(layer))
     # Unpacked, but still integers.
-    kernel = ops.cast(keras_private.unpacked_kernel(layer), "float32")
+    kernel = ops.cast(unpacked_kernel(layer), "float32")
     if layer.quantization_mode == "int8":
-        return ops.divide(kernel, keras_private.kernel_scale(layer))
+        return ops.divide(kernel, kernel_scale(layer))
     scale = ops.convert_to_tensor(layer.kernel_scale)
     rows = ops.reshape(kernel, (-1, scale.shape[-1]))
     if getattr(layer, "kernel_zero", None) is None:

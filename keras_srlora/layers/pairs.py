@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import unpacked_kernel
 from keras_srlora.functional import decomposition
 from keras_srlora.functional.contraction import as_kernel
 from keras_srlora.functional.contraction import matmul
@@ -69,7 +69,7 @@ def kernel_in_step(layer):
     """
     if "frozen" not in vars(layer):
         # Not built, or about to be converted.
-        return keras_private.unpacked_kernel(layer)
+        return unpacked_kernel(layer)
     a, b = layer.factors
     product = matmul(ops.transpose(ops.multiply(a, layer.scale)), b)
     matrix = ops.add(layer.frozen.matrix(), product)

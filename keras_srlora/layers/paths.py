@@ -5,7 +5,9 @@ import weakref
 
 import keras
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.nesting import automatic_name
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import inside
 
 
 def layer_paths(model: keras.Model) -> dict:
@@ -16,13 +18,13 @@ def layer_paths(model: keras.Model) -> dict:
     of, as in `"bert_backbone_1/transformer_layer_0/..."`. Automatic names are
     counted within the model, so that the same code makes the same paths.
     """
-    layers = keras_private.flatten_layers(model)
+    layers = flatten_layers(model)
     paths = {id(layer): layer.path or layer.name for layer in layers}
     repeated = _repeated(paths)
     if repeated:
         # An outer model comes before those inside of it.
         holding = [
-            (name, keras_private.inside(inner) - {id(inner)})
+            (name, inside(inner) - {id(inner)})
             for inner, name in _inner_models(model, layers)
         ]
         for key in repeated:
@@ -68,7 +70,7 @@ def named_layers(path, holder, layers, paths) -> list:
         # Those of the innermost model in which there are any.
         for model in reversed(layers):
             if isinstance(model, keras.Model):
-                held = keras_private.inside(model)
+                held = inside(model)
                 near = [x for x in found if id(x) in held]
                 if near and id(holder) in held:
                     return near
@@ -86,7 +88,7 @@ def variable_paths(model: keras.Model) -> dict:
     if repeated:
         of_layers = layer_paths(model)
         # A layer comes before those inside of it, whose variables they are.
-        for layer in keras_private.flatten_layers(model):
+        for layer in flatten_layers(model):
             for variable in layer.variables:
                 if id(variable) in repeated:
                     path = f"{of_layers[id(layer)]}/{variable.name}"
@@ -101,7 +103,7 @@ def _inner_models(model, layers):
     for inner in layers:
         if isinstance(inner, keras.Model) and inner is not model:
             name = inner.name
-            automatic = keras_private.automatic_name(inner)
+            automatic = automatic_name(inner)
             if automatic is not None:
                 count = counts[automatic]
                 counts[automatic] += 1

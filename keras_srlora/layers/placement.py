@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import stored_kernel
 
 
 def sharded_axes(layer, axes):
@@ -40,7 +40,7 @@ def warn_of_whole_factors(layers):
         return
     missing = {}
     for layer in layers:
-        kernel = keras_private.stored_kernel(layer)
+        kernel = stored_kernel(layer)
         layout = distribution.get_tensor_layout(kernel.path)
         if layout is None:
             continue

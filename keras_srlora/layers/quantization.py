@@ -2,8 +2,9 @@
 
 import keras
 
-from keras_srlora.backend import keras_private
-from keras_srlora.backend import keras_quantization
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.quantizing import ask_before_quantizing
+from keras_srlora.backend.keras_private.quantizing import set_dtype_policy
 from keras_srlora.backend.mixins import KerasMixin
 
 
@@ -24,14 +25,14 @@ class RefusesQuantization(KerasMixin):
         if keras.dtype_policies.get(policy).quantization_mode is not None:
             if self.built and self.quantization_mode is None:
                 refuse_to_quantize(self)
-        keras_quantization.set_dtype_policy(self, policy)
+        set_dtype_policy(self, policy)
 
 
 def refuse_to_quantize(layer):
     """Raises `ValueError` for such a layer, and for a model that holds one."""
     found = [
         x.path
-        for x in keras_private.flatten_layers(layer)
+        for x in flatten_layers(layer)
         if isinstance(x, RefusesQuantization) and x.built
     ]
     if found:
@@ -44,4 +45,4 @@ def refuse_to_quantize(layer):
         )
 
 
-keras_quantization.ask_before_quantizing(refuse_to_quantize)
+ask_before_quantizing(refuse_to_quantize)

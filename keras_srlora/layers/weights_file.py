@@ -6,7 +6,7 @@ the plain model can be read; everything else has a name.
 
 from keras import ops
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.kernels import stored_variables
 from keras_srlora.layers import pairs
 from keras_srlora.layers.record import Record
 
@@ -15,7 +15,7 @@ def save(layer, store):
     """Writes the variables, the record and the companions."""
     if not layer.built:
         return
-    for index, variable in enumerate(keras_private.stored_variables(layer)):
+    for index, variable in enumerate(stored_variables(layer)):
         store[str(index)] = variable
     for name, factor in zip(layer.factor_names, layer.factors):
         store[name] = factor
@@ -40,7 +40,7 @@ def load(layer, store):
     """
     if not layer.built:
         return
-    plain = keras_private.stored_variables(layer)
+    plain = stored_variables(layer)
     keys = set(store.keys())
     names = layer.factor_names
     expected = {str(index) for index in range(len(plain))}
@@ -78,7 +78,7 @@ def load(layer, store):
 
 def load_plain(layer, weights):
     """Takes the plain layer's weights; the pairs start anew."""
-    for variable, value in zip(keras_private.stored_variables(layer), weights):
+    for variable, value in zip(stored_variables(layer), weights):
         variable.assign(value)
     a, b = layer.factors
     a.assign(pairs.a_initializer(layer)(a.shape, dtype=a.dtype))

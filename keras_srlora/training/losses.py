@@ -5,7 +5,7 @@ import warnings
 import keras
 from keras import ops
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.fit_state import loss_metric
 
 # Names that a custom `train_step` may give to the mean of its loss.
 NAMES = ("loss", "total_loss")
@@ -55,7 +55,7 @@ def warn_of_no_loss(model, recipe):
 
 
 def _loss_so_far(model):
-    for metric in (keras_private.loss_metric(model), _own_mean(model)):
+    for metric in (loss_metric(model), _own_mean(model)):
         if metric is not None:
             total, count = (
                 float(ops.convert_to_numpy(v))

@@ -6,7 +6,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.fit_state import accumulated_gradient
+from keras_srlora.backend.keras_private.fit_state import micro_batches_seen
+from keras_srlora.backend.keras_private.fit_state import (
+    optimizer_trainable_variables,
+)
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.training.sensitivity import Sensitivity
 
@@ -127,8 +131,7 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             self.build(list(trainable_variables))
         variables = list(
-            trainable_variables
-            or keras_private.optimizer_trainable_variables(self)
+            trainable_variables or optimizer_trainable_variables(self)
         )
         grads = list(grads)
         self.sensitivity.update(*self._step_gradients(grads, variables))
@@ -140,13 +143,9 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
         steps = inner.gradient_accumulation_steps
         is_step = True
         if steps:
-            is_step = ops.equal(
-                (keras_private.micro_batches_seen(inner) + 1) % steps, 0
-            )
+            is_step = ops.equal((micro_batches_seen(inner) + 1) % steps, 0)
             grads = [
-                g
-                if g is None
-                else (g + keras_private.accumulated_gradient(inner, v)) / steps
+                g if g is None else (g + accumulated_gradient(inner, v)) / steps
                 for g, v in zip(grads, variables)
             ]
         if inner.loss_scale_factor:
@@ -179,7 +178,7 @@ def is_between_accumulations(optimizer) -> bool:
     accumulation = inner.gradient_accumulation_steps or 1
     if accumulation == 1:
         return True
-    return int(keras_private.micro_batches_seen(inner)) % accumulation == 0
+    return int(micro_batches_seen(inner)) % accumulation == 0
 
 
 def is_torch_optimizer(optimizer) -> bool:
@@ -230,9 +229,7 @@ def warn_of_rounded_decay(optimizer, layers):
 
 def check_trains(optimizer, layers):
     """Raises where a built optimizer does not train the layers' factors."""
-    known = {
-        id(v) for v in keras_private.optimizer_trainable_variables(optimizer)
-    }
+    known = {id(v) for v in optimizer_trainable_variables(optimizer)}
     for layer in layers:
         if not all(id(factor) in known for factor in layer.factors):
             raise ValueError(

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.fit_state import loss_metric
 
 # Losses that compare each value of an output with a target.
 OF_VALUES = (
@@ -109,7 +109,7 @@ class PredictionCounter:
             A float; `None` where the model does not say: it has sequences of
             any length, or a loss that is not one of Keras.
         """
-        metric = keras_private.loss_metric(model)
+        metric = loss_metric(model)
         per_example = self._per_example(model)
         if metric is None or per_example is None:
             return None

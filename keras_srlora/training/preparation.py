@@ -8,7 +8,7 @@ import warnings
 from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import check_fraction
 from keras_srlora.backend.arguments import is_integer
-from keras_srlora.backend.keras_private import inside
+from keras_srlora.backend.keras_private.nesting import inside
 from keras_srlora.layers import pairs
 from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.find import decompose_kernels

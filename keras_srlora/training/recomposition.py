@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_srlora.backend import devices
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.fit_state import (
+    optimizer_trainable_variables,
+)
 from keras_srlora.layers import pairs
 from keras_srlora.recipes.choices import Pairs
 from keras_srlora.recipes.definition import Recipe
@@ -242,7 +244,7 @@ def _find_slots(optimizer, layers):
     else:
         optimizer = getattr(optimizer, "unwrap", lambda: optimizer)()
         slots, unknown = slots_of.find_slots(
-            optimizer, keras_private.optimizer_trainable_variables(optimizer)
+            optimizer, optimizer_trainable_variables(optimizer)
         )
     slots_of.warn_of_unknown(optimizer, unknown)
     return slots

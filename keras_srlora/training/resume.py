@@ -2,7 +2,8 @@
 
 import warnings
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.fit_state import get_initial_epoch
+from keras_srlora.backend.keras_private.fit_state import set_initial_epoch
 
 
 def mend_initial_epoch(recomposer, model, epoch_steps):
@@ -12,13 +13,13 @@ def mend_initial_epoch(recomposer, model, epoch_steps):
     """
     saved = recomposer.saved_state()
     steps = epoch_steps or saved.epoch_steps
-    epoch = keras_private.get_initial_epoch(model)
+    epoch = get_initial_epoch(model)
     if epoch is None or not steps:
         # Loaded by a callback that restores no epoch: a run of its own.
         return
     done = epochs_done(saved.begun, steps, _steps_per_execution(model))
     if done is not None and done != epoch:
-        keras_private.set_initial_epoch(model, done)
+        set_initial_epoch(model, done)
         _warn(
             f"The restored weights are those after epoch {done}, the "
             f"restored epoch number is {epoch}: the run was interrupted "

@@ -11,7 +11,7 @@ import warnings
 import keras
 from keras import ops
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.fit_state import is_stock_optimizer
 
 FIRST_MOMENT, SECOND_MOMENT = "first_moment", "second_moment"
 WEIGHT_AVERAGE, GRADIENT_SUM = "weight_average", "gradient_sum"
@@ -188,7 +188,7 @@ def restart_slots(slots, factor, restarted, treatment):
 
 def warn_of_unknown(optimizer, unknown):
     """Warns of slots that stay as they are because their kind is not known."""
-    if keras_private.is_stock_optimizer(optimizer):
+    if is_stock_optimizer(optimizer):
         # Adafactor's factored second moments, one for a row and one for a
         # column of a variable, carry no path: they go on.
         return

@@ -7,7 +7,10 @@ with the model for the next `fit`, which then compiles nothing.
 
 import keras
 
-from keras_srlora.backend import keras_private
+from keras_srlora.backend.keras_private.fit_state import compile_config
+from keras_srlora.backend.keras_private.fit_state import exchange_train_function
+from keras_srlora.backend.keras_private.fit_state import get_kept_training
+from keras_srlora.backend.keras_private.fit_state import keep_training
 from keras_srlora.training.optimizer import SensitivityOptimizer
 from keras_srlora.training.predictions import PredictionCounter
 
@@ -30,7 +33,7 @@ def wrap_optimizer(model, layers, beta1, beta2):
         The wrapper: that of the last `fit`, where nothing has changed since.
     """
     outer, inner = split_optimizer(model)
-    kept = keras_private.get_kept_training(model)
+    kept = get_kept_training(model)
     if kept is None or not kept.serves(
         model, outer, inner, layers, beta1, beta2
     ):
@@ -38,7 +41,7 @@ def wrap_optimizer(model, layers, beta1, beta2):
             kept.leave(model)
         wrapper = SensitivityOptimizer(inner, layers, beta1, beta2)
         kept = _Kept(model, outer, wrapper)
-        keras_private.keep_training(model, kept)
+        keep_training(model, kept)
     kept.enter(model)
     if not model.optimizer.built:
         # TensorFlow builds an optimizer in the first step.
@@ -48,7 +51,7 @@ def wrap_optimizer(model, layers, beta1, beta2):
 
 def unwrap_optimizer(model):
     """Gives a model its own optimizer back; the wrapper is kept."""
-    kept = keras_private.get_kept_training(model)
+    kept = get_kept_training(model)
     if kept is not None:
         kept.leave(model)
     outer, inner = split_optimizer(model)
@@ -57,7 +60,7 @@ def unwrap_optimizer(model):
 
 def predictions_per_step(model, steps):
     """As `PredictionCounter.per_step`, of a model that `fit` trains."""
-    return keras_private.get_kept_training(model).counter.per_step(model, steps)
+    return get_kept_training(model).counter.per_step(model, steps)
 
 
 def is_wrapped_by(model, wrapper):
@@ -125,7 +128,7 @@ class _Kept:
         self.wrapper = wrapper
         # Kept like the compiled step, which is traced once.
         self.counter = PredictionCounter()
-        self._compiled = keras_private.compile_config(model)
+        self._compiled = compile_config(model)
         self._train_function = None
         self._entered = False
 
@@ -134,7 +137,7 @@ class _Kept:
         scores = self.wrapper.sensitivity
         return (
             # A new object with each call of `compile`.
-            self._compiled is keras_private.compile_config(model)
+            self._compiled is compile_config(model)
             and self.outer is outer
             and self.wrapper.unwrap() is inner
             and (scores.beta1, scores.beta2) == (beta1, beta2)
@@ -161,6 +164,6 @@ class _Kept:
         self._entered = False
 
     def _exchange_functions(self, model):
-        self._train_function = keras_private.exchange_train_function(
+        self._train_function = exchange_train_function(
             model, self._train_function
         )

@@ -1,14 +1,17 @@
 """What was compiled before a layer changed is found.
 
 Where one of these fails after an update of Keras or TensorFlow,
-`keras_srlora/backend/keras_compiled.py` has to be written anew.
+`keras_srlora/backend/keras_private/compiled.py` has to be written anew.
 """
 
 import keras
 import numpy as np
 import pytest
 
-from keras_srlora.backend import keras_compiled
+from keras_srlora.backend.keras_private.compiled import drop_compiled_functions
+from keras_srlora.backend.keras_private.compiled import functions_that_read
+from keras_srlora.backend.keras_private.compiled import living_models
+from keras_srlora.backend.keras_private.compiled import trace_anew
 
 tensorflow_only = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="`tf.function`"
@@ -27,7 +30,7 @@ def test_all_living_models_that_hold_a_layer_are_found(layer):
     inputs = keras.Input((4,))
     second = keras.Model(inputs, first(inputs))
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    found = keras_compiled.living_models([layer])
+    found = living_models([layer])
     assert {id(first), id(second)} <= set(map(id, found))
     assert id(other) not in set(map(id, found))
 
@@ -44,7 +47,7 @@ def test_a_model_without_its_beginning_is_passed_over(layer):
         Broken()
     assert Broken.kept
     model = keras.Sequential([keras.Input((4,)), layer])
-    assert id(model) in set(map(id, keras_compiled.living_models([layer])))
+    assert id(model) in set(map(id, living_models([layer])))
 
 
 def test_every_function_that_a_model_makes_is_dropped(layer):
@@ -63,7 +66,7 @@ def test_every_function_that_a_model_makes_is_dropped(layer):
     model.make_predict_function()
     model.make_generate_function()
     model.user_function = "kept"
-    keras_compiled.drop_compiled_functions(model)
+    drop_compiled_functions(model)
     assert model.train_function is None and model.test_function is None
     assert model.predict_function is None and model.generate_function is None
     assert (model.user_function, model.loss_function) == ("kept", "mse")
@@ -94,11 +97,11 @@ def test_a_function_that_reads_a_variable_traces_anew(layer):
         function(x)
         function(x)
     assert traced == ["inner", "other"]
-    found = keras_compiled.functions_that_read([layer.kernel])
+    found = functions_that_read([layer.kernel])
     assert {id(outer), id(inner)} <= set(map(id, found))
     assert id(other) not in set(map(id, found))
     for function in found:
-        keras_compiled.trace_anew(function)
+        trace_anew(function)
     outer(x)
     other(x)
     assert traced == ["inner", "other", "inner"]
@@ -119,12 +122,12 @@ def test_a_function_that_made_variables_keeps_them(layer):
 
     module, x = Module(), np.ones((2, 4), "float32")
     before, made = module(x), module.made
-    for function in keras_compiled.functions_that_read([layer.kernel]):
-        keras_compiled.trace_anew(function)
+    for function in functions_that_read([layer.kernel]):
+        trace_anew(function)
     np.testing.assert_array_equal(module(x), before)
     assert module.made is made
 
 
 def test_nothing_is_found_on_other_backends(layer):
     if keras.backend.backend() != "tensorflow":
-        assert keras_compiled.functions_that_read(layer.variables) == []
+        assert functions_that_read(layer.variables) == []

@@ -1,7 +1,7 @@
 """Optimizers of Keras are built a second time, for other variables.
 
 Where one of these fails after an update of Keras,
-`keras_srlora/backend/keras_optimizers.py` has to be written anew.
+`keras_srlora/backend/keras_private/rebuilding.py` has to be written anew.
 """
 
 import keras
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from support import to_numpy
 
-from keras_srlora.backend import keras_optimizers
+from keras_srlora.backend.keras_private.rebuilding import build_again
+from keras_srlora.backend.keras_private.rebuilding import trains_exactly
 
 optimizers = keras.optimizers
 OPTIMIZERS = {
@@ -51,9 +52,9 @@ def test_it_is_like_a_new_one_afterwards(kind):
     model = model_of(optimizer)
     fit(model)
     variables = model.layers[1].trainable_variables
-    assert not keras_optimizers.trains_exactly(optimizer, variables)
-    keras_optimizers.build_again(optimizer, variables)
-    assert keras_optimizers.trains_exactly(optimizer, variables)
+    assert not trains_exactly(optimizer, variables)
+    build_again(optimizer, variables)
+    assert trains_exactly(optimizer, variables)
     fresh = OPTIMIZERS[kind]()
     fresh.build(variables)
     assert contents(optimizer) == contents(fresh)
@@ -65,7 +66,7 @@ def test_it_trains_and_is_saved(kind, tmp_path):
     model = model_of(optimizer)
     fit(model)
     model.layers[0].trainable = False
-    keras_optimizers.build_again(optimizer, model.trainable_variables)
+    build_again(optimizer, model.trainable_variables)
     model.train_function = None
     kernel = to_numpy(model.layers[1].kernel)
     # Once: on JAX, Keras 3.15 fails in the next `fit` where `use_ema` is set.
@@ -99,11 +100,9 @@ def test_one_that_cannot_be_built_is_as_before(outside):
     fit(model)
     before = contents(optimizer)
     with pytest.raises(TypeError, match="once"):
-        keras_optimizers.build_again(
-            optimizer, model.layers[1].trainable_variables
-        )
+        build_again(optimizer, model.layers[1].trainable_variables)
     assert contents(optimizer) == before
-    assert keras_optimizers.trains_exactly(optimizer, model.trainable_variables)
+    assert trains_exactly(optimizer, model.trainable_variables)
     fit(model)
 
 
@@ -117,6 +116,6 @@ def test_what_a_subclass_made_of_its_own_stays():
     model = model_of(optimizer)
     fit(model)
     optimizer.counter.assign(3.0)
-    keras_optimizers.build_again(optimizer, model.layers[1].trainable_variables)
+    build_again(optimizer, model.layers[1].trainable_variables)
     assert any(v is optimizer.counter for v in optimizer.variables)
     assert float(to_numpy(optimizer.counter)) == 3.0

@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 from support import to_numpy
 
-from keras_srlora.backend import keras_pinned
-from keras_srlora.backend.keras_graph import read_graph
+from keras_srlora.backend.keras_private.graph import read_graph
+from keras_srlora.backend.keras_private.pinned import has_pins
+from keras_srlora.backend.keras_private.pinned import own_variables
+from keras_srlora.backend.keras_private.pinned import pin
+from keras_srlora.backend.keras_private.pinned import trainable_before
+from keras_srlora.backend.keras_private.pinned import unpin
 
 layers = keras.layers
 
@@ -30,20 +34,20 @@ def made(kind):
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_pinned_variables_keep_their_place_and_stay_frozen(kind, count):
     layer = made(kind)
-    before, own = layer.variables, keras_pinned.own_variables(layer)
-    keras_pinned.pin(layer, own[:count])
-    assert keras_pinned.has_pins(layer)
+    before, own = layer.variables, own_variables(layer)
+    pin(layer, own[:count])
+    assert has_pins(layer)
     assert [v is w for v, w in zip(layer.variables, before)] == [True] * len(
         before
     )
     assert all(v is w for v, w in zip(layer.weights, before))
-    assert all(v is w for v, w in zip(keras_pinned.own_variables(layer), own))
+    assert all(v is w for v, w in zip(own_variables(layer), own))
     for trainable in (True, False, True):
         layer.trainable = trainable
     assert len(layer.trainable_variables) == len(own) - count
     assert not any(v.trainable for v in own[:count])
-    keras_pinned.unpin(layer)
-    assert not keras_pinned.has_pins(layer)
+    unpin(layer)
+    assert not has_pins(layer)
     # On TensorFlow Keras ignores what is set already.
     layer.trainable = False
     layer.trainable = True
@@ -54,14 +58,14 @@ def test_pinned_variables_keep_their_place_and_stay_frozen(kind, count):
 def test_another_variable_is_pinned_instead():
     layer = made("norm")
     gamma, beta = layer.variables
-    keras_pinned.pin(layer, [beta])
-    keras_pinned.pin(layer, [gamma])
+    pin(layer, [beta])
+    pin(layer, [gamma])
     layer.trainable = True
     beta.trainable = True
     assert [v.name for v in layer.trainable_variables] == ["beta"]
     assert [v.name for v in layer.variables] == ["gamma", "beta"]
     # Of the time before the first of them.
-    before = keras_pinned.trainable_before(layer)
+    before = trainable_before(layer)
     assert before == {id(layer), id(gamma), id(beta)}
 
 
@@ -71,7 +75,7 @@ def test_weights_of_a_layer_with_pins_are_those_of_the_plain_one(
 ):
     """Either way: in memory, and as a file."""
     plain, pinned = made(kind), made(kind)
-    keras_pinned.pin(pinned, keras_pinned.own_variables(pinned)[:1])
+    pin(pinned, own_variables(pinned)[:1])
     for variable in pinned.variables:
         variable.assign(np.zeros(variable.shape))
     pinned.set_weights(plain.get_weights())
@@ -87,7 +91,7 @@ def test_weights_of_a_layer_with_pins_are_those_of_the_plain_one(
 
 def test_a_layer_with_pins_gets_another_variable():
     layer = made("norm")
-    keras_pinned.pin(layer, [layer.gamma])
+    pin(layer, [layer.gamma])
     before = layer.variables
     layer._tracker.unlock()
     added = layer.add_weight(shape=(1,), name="added")

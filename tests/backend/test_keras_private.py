@@ -1,7 +1,7 @@
 """The private Keras API that `keras_private` uses is what it was.
 
 Where one of these fails after an update of Keras, the function of that name in
-`keras_srlora/backend/keras_private.py` has to be written anew.
+`keras_srlora/backend/keras_private/` has to be written anew.
 """
 
 import re
@@ -12,8 +12,32 @@ import pytest
 from support import assert_same_variables
 from support import to_numpy
 
-from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import keras_version
+from keras_srlora.backend.keras_private.fit_state import accumulated_gradient
+from keras_srlora.backend.keras_private.fit_state import get_initial_epoch
+from keras_srlora.backend.keras_private.fit_state import is_stock_optimizer
+from keras_srlora.backend.keras_private.fit_state import loss_metric
+from keras_srlora.backend.keras_private.fit_state import micro_batches_seen
+from keras_srlora.backend.keras_private.fit_state import (
+    optimizer_trainable_variables,
+)
+from keras_srlora.backend.keras_private.fit_state import set_initial_epoch
+from keras_srlora.backend.keras_private.kernels import call_quantized
+from keras_srlora.backend.keras_private.kernels import kernel_shape
+from keras_srlora.backend.keras_private.kernels import replace_quantized_kernel
+from keras_srlora.backend.keras_private.kernels import stored_kernel
+from keras_srlora.backend.keras_private.kernels import stored_variables
+from keras_srlora.backend.keras_private.nesting import automatic_name
+from keras_srlora.backend.keras_private.nesting import builds_when_called
+from keras_srlora.backend.keras_private.nesting import classes_named_as
+from keras_srlora.backend.keras_private.nesting import config_lists_layers
+from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import in_symbolic_call
+from keras_srlora.backend.keras_private.nesting import remove_variable
+from keras_srlora.backend.keras_private.nesting import seed_states
+from keras_srlora.backend.keras_private.nesting import set_variable_trainable
+from keras_srlora.backend.keras_private.nesting import unique_name
+from keras_srlora.backend.keras_private.nesting import unlocked
 from keras_srlora.layers.frozen import INTEGER_MODES
 from keras_srlora.layers.frozen import MODES
 from keras_srlora.layers.requirements import QUANTIZED_SINCE
@@ -48,20 +72,20 @@ def two_layers():
 
 
 def test_config_lists_layers(model):
-    assert keras_private.config_lists_layers(model)
-    assert keras_private.config_lists_layers(two_layers())
+    assert config_lists_layers(model)
+    assert config_lists_layers(two_layers())
     attention = keras.layers.MultiHeadAttention(2, 3)
-    assert not keras_private.config_lists_layers(attention)
+    assert not config_lists_layers(attention)
 
     class Mine(keras.Model):
         def get_config(self):
             return {}
 
-    assert not keras_private.config_lists_layers(Mine())
+    assert not config_lists_layers(Mine())
 
 
 def test_seeds_of_dropout(model):
-    (state,) = keras_private.seed_states(model)
+    (state,) = seed_states(model)
     held = to_numpy(state)
     fit(model, steps=2)
     if keras.backend.backend() != "torch":  # which draws from its own
@@ -71,7 +95,7 @@ def test_seeds_of_dropout(model):
 
 def test_mean_of_the_training_loss(model):
     fit(model, steps=3)
-    loss = keras_private.loss_metric(model)
+    loss = loss_metric(model)
     assert loss is model.metrics[0]
     # Six examples in three batches.
     assert float(to_numpy(loss.count)) == 6
@@ -80,7 +104,7 @@ def test_mean_of_the_training_loss(model):
 
 
 def test_epoch_of_a_restored_run(model, tmp_path):
-    assert keras_private.get_initial_epoch(model) is None
+    assert get_initial_epoch(model) is None
 
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -91,8 +115,8 @@ def test_epoch_of_a_restored_run(model, tmp_path):
         epochs = []
 
         def on_train_begin(self, logs=None):
-            assert keras_private.get_initial_epoch(self.model) == 2
-            keras_private.set_initial_epoch(self.model, 3)
+            assert get_initial_epoch(self.model) == 2
+            set_initial_epoch(self.model, 3)
 
         def on_epoch_begin(self, epoch, logs=None):
             self.epochs.append(epoch)
@@ -120,44 +144,44 @@ def test_flatten_layers_reaches_attributes_of_attributes():
     inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     inputs = keras.Input((4,))
     model = keras.Model(inputs, inner(inputs))
-    names = {type(x).__name__ for x in keras_private.flatten_layers(model)}
+    names = {type(x).__name__ for x in flatten_layers(model)}
     assert {"Functional", "Sequential", "Dense"} <= names
 
 
 def test_weights_can_be_added_and_removed_when_unlocked(layer):
     with pytest.raises(ValueError):
         layer.extra = layer.add_weight(shape=(2,), name="extra")
-    with keras_private.unlocked(layer):
+    with unlocked(layer):
         layer.extra = layer.add_weight(shape=(2,), name="extra")
     assert [v.name for v in layer.trainable_variables][-1] == "extra"
     with pytest.raises(ValueError):
         layer.more = layer.add_weight(shape=(2,), name="more")
-    keras_private.remove_variable(layer, layer.extra)
+    remove_variable(layer, layer.extra)
     assert len(layer.variables) == 2
 
 
 def test_a_frozen_variable_stays_frozen(layer):
-    kernel = keras_private.stored_kernel(layer)
-    keras_private.set_variable_trainable(layer, kernel, False)
+    kernel = stored_kernel(layer)
+    set_variable_trainable(layer, kernel, False)
     layer.trainable = True
     assert [v.name for v in layer.trainable_variables] == ["bias"]
-    keras_private.set_variable_trainable(layer, kernel, True)
+    set_variable_trainable(layer, kernel, True)
     assert len(layer.trainable_variables) == 2
 
 
 def test_optimizer_internals(layer):
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
     optimizer.build(layer.trainable_variables)
-    variables = keras_private.optimizer_trainable_variables(optimizer)
+    variables = optimizer_trainable_variables(optimizer)
     assert [id(v) for v in variables] == [
         id(v) for v in layer.trainable_variables
     ]
     gradients = [keras.ops.ones(v.shape) for v in variables]
     optimizer.apply(gradients, variables)
-    assert int(keras_private.micro_batches_seen(optimizer)) == 1
-    accumulated = keras_private.accumulated_gradient(optimizer, variables[0])
+    assert int(micro_batches_seen(optimizer)) == 1
+    accumulated = accumulated_gradient(optimizer, variables[0])
     assert float(keras.ops.convert_to_numpy(accumulated).mean()) == 1.0
-    assert keras_private.is_stock_optimizer(optimizer)
+    assert is_stock_optimizer(optimizer)
 
 
 def test_a_layer_without_build_is_known(layer):
@@ -168,16 +192,16 @@ def test_a_layer_without_build_is_known(layer):
             self.symbolic = []
 
         def call(self, inputs):
-            self.symbolic.append(keras_private.in_symbolic_call())
+            self.symbolic.append(in_symbolic_call())
             return self.inside(inputs)
 
     composite = Composite()
-    assert keras_private.builds_when_called(composite)
-    assert not keras_private.builds_when_called(layer)
-    assert not keras_private.builds_when_called(keras.Sequential([layer]))
+    assert builds_when_called(composite)
+    assert not builds_when_called(layer)
+    assert not builds_when_called(keras.Sequential([layer]))
     composite(keras.Input((4,)))
     assert all(composite.symbolic) and composite.inside.built
-    assert not keras_private.in_symbolic_call()
+    assert not in_symbolic_call()
 
 
 def test_automatic_names():
@@ -190,10 +214,10 @@ def test_automatic_names():
         lambda: keras.layers.Dense(2),
     ):
         first, second = make(), make()
-        name = keras_private.automatic_name(first)
+        name = automatic_name(first)
         assert first.name.startswith(name) and second.name.startswith(name)
-        assert keras_private.automatic_name(second) == name
-    assert keras_private.automatic_name(keras.layers.Dense(2, name="q")) is None
+        assert automatic_name(second) == name
+    assert automatic_name(keras.layers.Dense(2, name="q")) is None
 
 
 def test_files_name_layers_after_their_classes(tmp_path):
@@ -205,15 +229,15 @@ def test_files_name_layers_after_their_classes(tmp_path):
 
     path = str(tmp_path / "a.weights.h5")
     model(keras.layers.Dense).save_weights(path)
-    with keras_private.classes_named_as({Renamed: "Dense"}):
+    with classes_named_as({Renamed: "Dense"}):
         model(Renamed).load_weights(path)
     assert Renamed.__name__ == "Renamed"
 
 
 def test_unique_names():
-    first = keras_private.unique_name("SRLoRAEinsumDense")
+    first = unique_name("SRLoRAEinsumDense")
     assert re.fullmatch(r"srlora_einsum_dense(_\d+)?", first)
-    assert first != keras_private.unique_name("SRLoRAEinsumDense")
+    assert first != unique_name("SRLoRAEinsumDense")
 
 
 QUANTIZED = pytest.mark.skipif(
@@ -240,8 +264,8 @@ def test_what_a_quantized_layer_stores(make, mode):
         layer.quantize(mode)
     saved = {}
     layer.save_own_variables(saved)
-    assert_same_variables(keras_private.stored_variables(layer), saved.values())
-    assert keras_private.kernel_shape(layer) == shape
+    assert_same_variables(stored_variables(layer), saved.values())
+    assert kernel_shape(layer) == shape
 
 
 @QUANTIZED
@@ -254,7 +278,7 @@ def test_calling_a_quantized_layer_with_another_activation(make, mode, rng):
     )
     layer.build(x.shape)
     layer.quantize(mode)
-    doubled = keras_private.call_quantized(layer, x, False, lambda y: 2 * y)
+    doubled = call_quantized(layer, x, False, lambda y: 2 * y)
     np.testing.assert_array_equal(to_numpy(doubled), 2 * to_numpy(layer(x)))
 
 
@@ -267,7 +291,7 @@ def test_a_quantized_layer_is_made_a_plain_one(make, mode, rng):
     layer.build(x.shape)
     before, kernel = to_numpy(layer(x)), to_numpy(layer.kernel)
     layer.quantize(mode)
-    keras_private.replace_quantized_kernel(layer, kernel)
+    replace_quantized_kernel(layer, kernel)
     np.testing.assert_array_equal(to_numpy(layer(x)), before)
     assert layer.dtype_policy.name == "float32"
     assert sorted(v.name for v in layer.variables) == ["bias", "kernel"]

@@ -12,8 +12,9 @@ from support import tiny_bert
 from support import to_numpy
 
 import keras_srlora
-from keras_srlora.backend import keras_private
 from keras_srlora.backend.arguments import keras_version
+from keras_srlora.backend.keras_private.kernels import stored_kernel
+from keras_srlora.backend.keras_private.kernels import stored_variables
 from keras_srlora.conversion.enable import plain_matrix
 from keras_srlora.layers import frozen
 from keras_srlora.layers import pairs
@@ -101,7 +102,7 @@ def stored(model):
     return [
         to_numpy(v)
         for layer in adapted(model)
-        for v in keras_private.stored_variables(layer)
+        for v in stored_variables(layer)
         if v is not layer.bias and not v.trainable
     ]
 
@@ -146,11 +147,7 @@ def test_conversion_leaves_the_outputs(mode, recipe, data):
 
 
 def plain_variables(model):
-    return [
-        v
-        for layer in adapted(model)
-        for v in keras_private.stored_variables(layer)
-    ]
+    return [v for layer in adapted(model) for v in stored_variables(layer)]
 
 
 @pytest.mark.parametrize("config", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
@@ -251,14 +248,8 @@ def test_fit_recomposes_and_resumes_to_the_bit(mode, data, tmp_path):
     fit(resumed, data, initial_epoch=2)
     # The same interval and origin: the callback counts from the first step.
     assert_same_variables(
-        [v for x in adapted(first) for v in keras_private.stored_variables(x)][
-            :1
-        ],
-        [
-            v
-            for x in adapted(resumed)
-            for v in keras_private.stored_variables(x)
-        ][:1],
+        [v for x in adapted(first) for v in stored_variables(x)][:1],
+        [v for x in adapted(resumed) for v in stored_variables(x)][:1],
     )
     assert_same_variables(whole.variables, resumed.variables)
 
@@ -302,7 +293,7 @@ def test_float8_scales_are_trained_on(data):
     fit(model, data)
     for history in (layer.inputs_amax_history, layer.kernel_amax_history):
         assert to_numpy(history).max() > 0
-    assert not keras_private.stored_kernel(layer).trainable
+    assert not stored_kernel(layer).trainable
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -383,7 +374,7 @@ def test_a_layer_is_built_quantized(data):
     inputs = keras.Input((12,))
     layer = keras_srlora.SRLoRADense(6, rank=2, dtype="int8_from_float32")
     model = keras.Model(inputs, layer(inputs))
-    assert keras_private.stored_kernel(layer).dtype == "int8"
+    assert stored_kernel(layer).dtype == "int8"
     assert len(model.trainable_variables) == 3
 
 

@@ -26,6 +26,7 @@ from pieces import tuned_encoder
 from support import to_numpy
 
 import keras_srlora
+from keras_srlora.backend.keras_private.compiled import functions_that_read
 
 BACKEND = keras.backend.backend()
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="a function of JAX")
@@ -122,10 +123,8 @@ def test_a_jitted_stateless_call_follows_another_scale(rng, tmp_path):
 def test_a_jitted_method_of_a_model_follows_a_change(name, rng):
     import jax
 
-    from keras_srlora.backend import keras_compiled
-
     function = jax.jit(getattr(tuned_encoder(), name))
-    found = keras_compiled.functions_that_read([])
+    found = functions_that_read([])
     assert any(x is function for x in found)
 
 
@@ -133,10 +132,8 @@ def test_a_jitted_method_of_a_model_follows_a_change(name, rng):
 def test_functions_of_libraries_are_left_alone(rng):
     import jax.numpy as jnp
 
-    from keras_srlora.backend import keras_compiled
-
     jnp.linalg.norm(jnp.ones(3))
-    for function in keras_compiled.functions_that_read([]):
+    for function in functions_that_read([]):
         module = getattr(function.__wrapped__, "__module__", "")
         assert not str(module).startswith(("jax.", "keras."))
 

@@ -6,6 +6,7 @@
 import ast
 import collections
 import pathlib
+import re
 
 import pytest
 
@@ -114,6 +115,48 @@ def test_modules_do_not_import_each_other_in_a_circle():
             for name, others in needs.items()
             if name not in free
         }
+
+
+# Public, in spite of the underscore.
+NAMED_TUPLES = {"_asdict", "_fields", "_replace"}
+
+
+def private_names(path):
+    """The attributes of others that begin with an underscore."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+            if getattr(node.value, "id", "") not in ("self", "cls"):
+                yield node.attr
+        elif isinstance(node, ast.ImportFrom):
+            if "keras.src" in (node.module or ""):
+                yield node.module
+
+
+def own_names(path):
+    """What a module itself defines with such a name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute):
+            if isinstance(node.ctx, ast.Store):
+                yield node.attr
+
+
+def test_private_api_of_keras_is_in_one_place():
+    place = ROOT / "backend" / "keras_private"
+    others = [path for path in MODULES if place not in path.parents]
+    own = {name for path in others for name in own_names(path)}
+    own |= NAMED_TUPLES
+    foreign = {
+        (str(path.relative_to(ROOT)), name)
+        for path in others
+        for name in set(private_names(path)) - own
+    }
+    assert not foreign
+    found = {
+        name for path in place.glob("*.py") for name in private_names(path)
+    }
+    assert {"_flatten_layers", "_initial_epoch", "_tracker"} <= found
 
 
 def test_no_class_and_no_module_is_large():

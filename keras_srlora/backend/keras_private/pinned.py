@@ -1,10 +1,9 @@
-"""Variables that `layer.trainable = True` does not thaw. Private Keras API.
+"""Variables that `layer.trainable = True` does not thaw.
 
 A Keras layer has two lists of variables, by how they were *made*: trainable
 ones and others. `layer.trainable = ...` sets the flags of the first list, and
 `layer.variables`, hence a weights file, is the first list and then the second.
 A pinned variable moves to the second list and keeps its place in the order.
-`tests/backend/test_keras_private.py` fails when Keras changes this.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Building an optimizer a second time. Private API of Keras's optimizers.
+"""Building an optimizer a second time.
 
-Beside `keras_private`, for the same reasons. Keras has no way to build an
+Keras has no way to build an
 optimizer for other variables. A new one from its config would lose schedules
 and arguments of the user's classes, which a config does not hold.
 """

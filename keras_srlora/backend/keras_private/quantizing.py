@@ -1,4 +1,4 @@
-"""A check before Keras quantizes a layer or a model. Private API."""
+"""A check before Keras quantizes a layer or a model."""
 
 import functools
 

@@ -1,10 +1,10 @@
 """Finds and drops functions that were compiled before a layer changed.
 
 TensorFlow and JAX keep what they traced; a change that only Python sees (a
-class, an attribute, another variable) does not reach it. Private API of Keras,
-beside `keras_private`, and the one module that touches TensorFlow's: there is
-no public way to let a `tf.function` trace anew. Where TensorFlow has no such
-attribute, only the functions that models keep are dropped.
+class, an attribute, another variable) does not reach it. This module touches
+private API of TensorFlow as well: there is no public way to let a `tf.function`
+trace anew. Where TensorFlow has no such attribute, only the functions that
+models keep are dropped.
 """
 
 import functools
@@ -12,9 +12,9 @@ import gc
 
 import keras
 
-from keras_srlora.backend.keras_private import inside
-from keras_srlora.backend.keras_private import keep_training
-from keras_srlora.backend.keras_private import variables_held
+from keras_srlora.backend.keras_private.fit_state import keep_training
+from keras_srlora.backend.keras_private.nesting import inside
+from keras_srlora.backend.keras_private.nesting import variables_held
 
 
 def living_models(layers):

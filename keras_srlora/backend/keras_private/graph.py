@@ -1,7 +1,4 @@
-"""How the layers of a model follow each other. Private Keras API.
-
-`tests/backend/test_keras_private.py` fails when Keras changes it.
-"""
+"""How the layers of a model follow each other."""
 
 from __future__ import annotations
 
