@@ -1,4 +1,4 @@
-"""What the examples share: the methods, how they train, the command line.
+"""The code that the examples share: methods, training, the command line.
 
 All methods get the same pretrained model, the same head and the same batches in
 the same order.
@@ -6,9 +6,13 @@ the same order.
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable
+
+# TensorFlow reads the data on every backend. Without a GPU it logs errors.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
@@ -27,18 +31,18 @@ METHODS = {
 
 @dataclasses.dataclass
 class Task:
-    """What a script brings."""
+    """A model and its data. Each script defines one or more."""
 
     title: str
     load_backbone: Callable  # () -> a fresh pretrained backbone or task
     add_head: Callable  # backbone -> the model to train
     train: tf.data.Dataset
     validation: tf.data.Dataset
-    convert: Callable  # an example of these two -> (x, y)
+    convert: Callable  # an example of a data set -> (x, y)
     loss: keras.losses.Loss
     evaluate: Callable  # (model, validation batches) -> {name: number}
-    unit: str = "examples"  # of what the two data sets have
-    # What is adapted: all projections, or the layers of these names.
+    unit: str = "examples"  # the word for an example, in the plural
+    # The layers to adapt: all projections (`None`), or these.
     target_layer_names: list | None = None
     exclude_layer_names: tuple = ()
 
@@ -53,7 +57,7 @@ def sizes(task):
 
 @dataclasses.dataclass
 class Run:
-    """What one method did."""
+    """The result of one method."""
 
     method: str
     parameters: int
@@ -65,7 +69,7 @@ class Run:
 
     @property
     def recompositions(self):
-        """How often the run recomposed; an event is of one layer."""
+        """Number of recompositions; each has an event for every layer."""
         return len({event.step for event in self.events})
 
     @property
@@ -97,11 +101,6 @@ def run(method, task, args):
     result.scores = task.evaluate(model, validation)
     scores = [f"{name} {score:.4f}" for name, score in result.scores.items()]
     print(f"{METHODS[method]} on validation: {', '.join(scores)}", flush=True)
-    if method == "srlora" and not result.events:
-        print(
-            f"It recomposed nothing: {len(result.losses)} steps, or what they "
-            "learn from, are too few for this recipe. The run was plain LoRA."
-        )
     return result, backbone, model
 
 
@@ -111,8 +110,8 @@ def run(method, task, args):
 def adapt(method, backbone, task, args):
     """Prepares a pretrained model for a method; returns the callbacks of `fit`.
 
-    Without recompositions SRLoRA's layers are LoRA, or with the start of the
-    published recipe PiSSA: all three train the same factors.
+    SRLoRA's layers without recompositions are LoRA. With the start of the
+    published recipe they are PiSSA.
     """
     if method == "full":
         return []
@@ -146,10 +145,10 @@ def enable_keras_lora(model, rank, target_layer_names):
 
 
 def learning_rate_of(method, args):
-    """LoRA's, or a part of it.
+    """LoRA's learning rate, or a part of it.
 
-    The start of PiSSA and of the published recipe makes pairs as large as the
-    kernel's own: their best learning rate is about a tenth of LoRA's.
+    PiSSA and the published recipe start with large pairs. Their best learning
+    rate is about a tenth of LoRA's.
     """
     starts_large = method == "pissa" or (
         method == "srlora" and args.recipe == "paper"
@@ -171,8 +170,8 @@ def zero_head(outputs):
 def make_batches(task, args):
     """Batches in an order that depends on the seed alone.
 
-    Made anew for each method: a data set that was used before goes on shuffling
-    where it was left.
+    Each method needs new ones: a data set that was iterated before shuffles in
+    another order.
     """
     train = task.train.shuffle(min(len(task.train), 10_000), seed=args.seed)
     train = train.map(task.convert, num_parallel_calls=tf.data.AUTOTUNE)
@@ -226,9 +225,9 @@ def fit(method, model, train, learning_rate, epochs, loss, callbacks=()):
 
 
 class StepLosses(keras.callbacks.Callback):
-    """Keeps the loss of each batch; `logs` has its mean over the epoch.
+    """Keeps the loss of each batch; `logs` has only its mean over the epoch.
 
-    Where there is no terminal for a progress bar it prints ten lines a run.
+    Without a terminal, which shows a progress bar, it prints ten lines a run.
     """
 
     def __init__(self):
@@ -297,20 +296,20 @@ def make_parser(description, methods=("srlora", "keras_lora"), **defaults):
         default=list(methods),
         help="one or more",
     )
-    add("--rank", type=int, help="pairs a kernel")
+    add("--rank", type=int, help="pairs in each kernel")
     add("--target-rank", type=int, help="directions that SRLoRA may visit")
-    add("--recipe", help="of SRLoRA, such as paper; else the package's default")
+    add("--recipe", help="recipe of SRLoRA: adaptive, lora_restarts or paper")
     add("--epochs", type=int)
     add("--batch-size", type=int)
-    add("--learning-rate", type=float, help="of LoRA; the others' follow it")
+    add("--learning-rate", type=float, help="of LoRA; others use a part of it")
     add("--train-examples", type=int, help="0 for all")
     add("--validation-examples", type=int, help="0 for all")
     add("--num-layers", type=int, help="only the first layers of the model")
     add("--seed", type=int, default=0)
     add("--output", help="folder for pictures, tables and numbers")
-    add("--cache-dir", help="folder for presets and data, made only once")
-    add("--verbose", type=int, default=1, help="0: no line a recomposition")
-    add("--smoke", action="store_true", help="a tiny run, to see it work")
+    add("--cache-dir", help="folder for converted models and data")
+    add("--verbose", type=int, default=1, help="0: no lines on recompositions")
+    add("--smoke", action="store_true", help="a tiny run, as a test")
     parser.set_defaults(**defaults)
     return parser
 

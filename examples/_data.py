@@ -1,9 +1,8 @@
 """Data for the examples, all of it through `tensorflow_datasets`.
 
-A data set goes by the name that TFDS gives it: `glue/sst2`, `cifar100`. With
-`offline` a stand-in of real text or photographs, from installed packages, is
-stored under the same name in a folder of its own, in TFDS's own format. The
-same `tfds.load` reads it.
+A data set has TFDS's name: `glue/sst2`, `cifar100`. With `offline`, real texts
+or photographs from installed packages replace it. They are stored under the
+same name and in the same format in another folder, and `tfds.load` reads them.
 """
 
 import contextlib
@@ -38,7 +37,7 @@ def load(
         data_dir = _packages.cache_folder(cache) / "stand_ins"
         store(name, data_dir)
     builder = tfds.builder(name, data_dir=data_dir)
-    # What is there already is not looked for on the network.
+    # A prepared data set needs no network.
     if not builder.is_prepared():
         download(builder)
     train, validation = tfds.load(
@@ -91,12 +90,12 @@ def store(name, data_dir):
     make, features = STAND_INS[f"{name}/{config}" if config else name]
     version = VERSION
     if features is None:
-        # Those of the data set that it stands in for.
+        # The features of the data set that is replaced.
         builder = tfds.builder(f"{name}/{config}", data_dir=data_dir)
         features, version = builder.info.features, str(builder.version)
     if (data_dir / name / config / version).exists():
         return
-    print(f"Storing {make.__doc__}", flush=True)
+    print(f"Preparing local data, once: {make.__doc__}", flush=True)
     tfds.disable_progress_bar()
     logging.getLogger("absl").setLevel("ERROR")
     train, validation = make()
@@ -125,7 +124,7 @@ def split(rows, validation, limit=None):
 def with_columns(splits, *names):
     """Examples as GLUE has them: named columns and a running number.
 
-    What is validated on is not trained on, where a text is there twice.
+    A text that occurs twice is never in both splits.
     """
     train, validation = splits
     held_out = {texts_of(row) for row in validation}
@@ -275,7 +274,7 @@ STAND_INS = {
 }
 
 
-# From an example to what a model takes.
+# Features.
 
 
 def text_names(info):

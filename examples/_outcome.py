@@ -1,4 +1,4 @@
-"""What the runs of an example reached: a table, every number, a picture."""
+"""The outcome of an example: a table, every number, a picture."""
 
 import json
 import pathlib
@@ -32,7 +32,7 @@ def table(rows):
 
 
 def run_rows(runs):
-    """What each run was and reached, for `table`."""
+    """A row for each run, for `table`."""
     return [
         {
             "method": _compare.METHODS[run.method],
@@ -58,11 +58,10 @@ def show(runs):
 
 
 def too_short(run):
-    """What to know of an SRLoRA run without recompositions."""
+    """A remark on an SRLoRA run without recompositions."""
     return (
-        f"{len(run.losses)} steps, or what they learn from, are too few to "
-        "recompose, so SRLoRA was plain LoRA here.\nThe README's picture shows "
-        "a longer run."
+        f"This run of {len(run.losses)} steps is too short to recompose, so "
+        "SRLoRA was plain LoRA.\nThe README's picture shows a longer run."
     )
 
 

@@ -16,7 +16,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder(path=None):
-    """Where the examples keep what they make once."""
+    """The folder for converted models and data sets."""
     path = path or os.environ.get("KERAS_SRLORA_CACHE")
     return pathlib.Path(path or "~/.cache/keras_srlora").expanduser()
 
@@ -35,7 +35,7 @@ def package_folder(package, requirement):
 def made_once(folder, make):
     """Makes a folder the first time, under another name until complete."""
     if not folder.exists():
-        print(f"Making {folder}, once", flush=True)
+        print(f"Converting the pretrained model, once: {folder}", flush=True)
         unfinished = folder.with_name(f"{folder.name}_{os.getpid()}")
         unfinished.mkdir(parents=True)
         make(unfinished)

@@ -1,6 +1,6 @@
-"""What the scripts of the paper's experiments share: a table of tasks.
+"""The code that the scripts of the paper's experiments share.
 
-A script brings a function that makes a task, and the rows of its table.
+A script defines a function that makes a task, and the rows of its table.
 """
 
 import _compare
@@ -8,7 +8,7 @@ import _outcome
 
 
 def make_parser(description, methods, **defaults):
-    """The command line of `_compare`, with what both scripts have."""
+    """The command line of `_compare`, with `--offline`."""
     parser = _compare.make_parser(
         description,
         methods,
@@ -18,7 +18,7 @@ def make_parser(description, methods, **defaults):
         **defaults,
     )
     parser.add_argument(
-        "--offline", action="store_true", help="stand-ins; no download"
+        "--offline", action="store_true", help="local data, no download"
     )
     return parser
 

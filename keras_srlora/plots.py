@@ -1,4 +1,4 @@
-"""Pictures of runs: what moved when, and what came of it.
+"""Draws pictures of runs.
 
 Each function draws into a matplotlib `Axes` and returns it. It takes a run in
 any of these forms: a model with SRLoRA layers, a list of such layers, a
@@ -74,15 +74,18 @@ class LayerRun(NamedTuple):
 
 
 def plot_loss(losses, run=None, *, label=None, smooth=1, ax=None):
-    """Loss against steps, with a line at each recomposition.
+    """Shows the loss against steps, with a line at each recomposition.
 
-    Where there are many, as with layers that take turns, the lines are short.
+    If there are many recompositions, the lines are short.
 
     Args:
-        losses: the loss of each step, or a dict from labels to such sequences.
-        run: a run (see above) whose recompositions are marked, or `None`.
-        label: str. Name of the curve, where `losses` is one.
-        smooth: int. Steps of a running mean. Defaults to `1`: none.
+        losses: list of the losses of all steps, or a dict from labels to such
+            lists.
+        run: a run whose recompositions are marked, or `None`. A run is a
+            `RecompositionCallback`, a `Recomposer`, a model, or the path of a
+            file that `save_adapter` wrote.
+        label: str. Name of the curve, if `losses` is a list.
+        smooth: int. Number of steps of a running mean. Defaults to `1`: none.
         ax: `matplotlib.axes.Axes`, or `None` for a new one.
 
     Returns:
@@ -115,10 +118,13 @@ def plot_loss(losses, run=None, *, label=None, smooth=1, ax=None):
 
 
 def plot_active_directions(run, *, layer=None, total_steps=None, ax=None):
-    """Which direction is active when, in one layer (the paper's map).
+    """Shows which directions are active when, in one layer.
+
+    This is a figure of the paper.
 
     Args:
-        run: a run (see above).
+        run: a `RecompositionCallback`, a `Recomposer`, a model, or the path of
+            a file that `save_adapter` wrote.
         layer: str. Path of the layer, or a regular expression that matches one
             path. Defaults to `None`: the first layer.
         total_steps: int. Length of the run. Defaults to `None`: that of the
@@ -146,10 +152,13 @@ def plot_active_directions(run, *, layer=None, total_steps=None, ax=None):
 
 
 def plot_lifetimes(run, *, total_steps=None, ax=None):
-    """How long directions stay active, by kind of layer (the paper's figure).
+    """Shows how long directions stay active, by kind of layer.
+
+    This is a figure of the paper.
 
     Args:
-        run: a run (see above).
+        run: a `RecompositionCallback`, a `Recomposer`, a model, or the path of
+            a file that `save_adapter` wrote.
         total_steps: int, or `None`; as in `plot_active_directions`.
         ax: `matplotlib.axes.Axes`, or `None` for a new one.
 
@@ -197,13 +206,15 @@ def plot_lifetimes(run, *, total_steps=None, ax=None):
 
 
 def plot_spectrum(runs, *, layer=None, ax=None):
-    """Singular values of a layer's whole update, beside those of another run.
+    """Shows the singular values of a layer's whole update.
 
-    A run with `r` pairs that recomposes has an update of a higher rank than
-    `r`; LoRA has one of rank `r`.
+    LoRA with `r` pairs has an update of rank `r`. A run that recomposes has one
+    of a higher rank.
 
     Args:
-        runs: a run (see above), or a dict from labels to runs.
+        runs: a run, or a dict from labels to runs. A run is a
+            `RecompositionCallback`, a `Recomposer`, a model, or the path of a
+            file that `save_adapter` wrote.
         layer: str, or `None`; as in `plot_active_directions`.
         ax: `matplotlib.axes.Axes`, or `None` for a new one.
 
@@ -225,7 +236,7 @@ def plot_spectrum(runs, *, layer=None, ax=None):
 
 
 def plot_importance(events, *, layer=None, ax=None):
-    """Importance of the pairs of one layer at each recomposition.
+    """Shows the importance of one layer's pairs at each recomposition.
 
     Args:
         events: a `RecompositionCallback`, a `Recomposer`, or a list of

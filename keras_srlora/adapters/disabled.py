@@ -18,21 +18,22 @@ from keras_srlora.layers.switched_off import switch_on
 def adapter_disabled(model: keras.Model):
     """Inside the `with` block the SRLoRA layers are the pretrained ones.
 
-    Their kernels are the pretrained ones, to rounding, and their low-rank part
-    is zero. Afterwards, also after an exception, every variable has its old
-    value, bit for bit. Other trained variables (a head, biases) are left as
-    they are; where some of these have a pretrained value, a warning names them.
-    Blocks may be nested.
+    Their kernels are the pretrained ones, up to rounding, and their low-rank
+    part is zero. After the block, also after an exception, every variable has
+    its old value again, bit-identically. Other trained variables (a head,
+    biases) keep their values; if some of them had a pretrained value, a warning
+    names them. Blocks may be nested.
 
-    For inference: training, merging, loading or exporting an adapter inside
-    raises `ValueError`. A file that is saved inside holds the pretrained model.
+    The block is for inference. Training, merging, loading or exporting an
+    adapter inside raises `ValueError`. A file that is saved inside holds the
+    pretrained model.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
 
     Raises:
-        ValueError: if there is no SRLoRA layer, or one has a record of other
-            weights or none.
+        ValueError: if there is no SRLoRA layer, or the record of one is missing
+            or belongs to other weights.
 
     Example:
 

@@ -52,11 +52,11 @@ def export_lora(
 ) -> Export:
     """Writes a backbone's adapter as KerasHub's own LoRA weights.
 
-    However often pairs were fused, the total update of a kernel is a
-    product of two factors, of rank `2 · target_rank` at most; KerasHub reads
-    factors of one rank for all layers. Its LoRA of an `EinsumDense` layer
-    unfolds the last axis of the kernel against the rest, so that there the rank
-    is at most the size of that axis.
+    However often pairs were fused, the total update of a kernel is a product of
+    two factors of rank `2 · target_rank` at most. KerasHub reads factors of one
+    rank for all layers. Its LoRA of an `EinsumDense` layer splits the last axis
+    of the kernel from the rest, so the rank there is at most the size of that
+    axis.
 
     ```python
     exported = keras_srlora.export_lora(backbone, "reviews.lora.h5")
@@ -138,19 +138,20 @@ def export_peft(
     bert = peft.PeftModel.from_pretrained(bert, "reviews")
     ```
 
-    BERT and ViT backbones of KerasHub are known (the latter under the names of
-    transformers 5); for another model pass the module of each layer.
+    The names of modules are known for KerasHub's BERT and ViT backbones (for
+    ViT those of transformers 5). For another model pass the module of each
+    layer.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
         directory: folder for `adapter_config.json` and
-            `adapter_model.safetensors`; made where there is none.
+            `adapter_model.safetensors`. It is created if it does not exist.
         rank: int, or `None` for the rank that the updates need. A smaller one
             keeps the best approximation of each update.
         modules: dict from the path of a layer to the name of a
             `torch.nn.Linear`, or of a `torch.nn.Embedding` for an
-            `SRLoRAEmbedding`, where the model is not one of those known.
-        prefix: str, before each name: `"bert."` for a
+            `SRLoRAEmbedding`. Needed for models other than BERT and ViT.
+        prefix: str. Prefix of each name, such as `"bert."` for a
             `BertForSequenceClassification`.
 
     Returns:

@@ -21,45 +21,45 @@ from keras_srlora.layers.find import require_records
 
 
 def list_adapters(model: keras.Model) -> list[str]:
-    """The names of a model's adapters, in the order in which they were added.
+    """Lists a model's adapters, in the order in which they were added.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
 
     Returns:
-        List of strings; `["default"]` where none was added.
+        List of strings; `["default"]` if none was added.
     """
     return list(find_adapters(model).names)
 
 
 def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
-    """Gives a model another adapter, which is current from then on.
+    """Adds an adapter to a model and makes it current.
 
-    The one that was current is kept on the host under its name, `"default"` at
-    first, with the values of the other trained variables (a head, biases,
-    `modules_to_save`); `set_adapter` brings it back. Training, saving,
-    exporting and merging act on the current one.
+    The previous adapter is kept in host memory under its name (the first is
+    `"default"`), with the values of the other trained variables (a head,
+    biases, `modules_to_save`). `set_adapter` switches back to it. Training,
+    saving, exporting and merging use the current adapter.
 
     A fresh adapter computes the same as the pretrained kernels. The other
-    trained variables keep their values. Optimizers start anew, at step 0: each
-    adapter is trained as if it had an optimizer of its own.
+    trained variables keep their values. Optimizers start anew at step 0: each
+    adapter trains as if it had its own optimizer.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
         name: str. The name of the new adapter.
-        filepath: path of a file that `save_adapter` wrote. Where its
-            rank is another one than that of a layer, the update is the same,
-            and trains on with as many pairs as the layer has. Defaults to
-            `None`: a fresh adapter.
+        filepath: path of a file that `save_adapter` wrote. It may have another
+            rank than the layers: the update is the same, and each layer trains
+            it with its own number of pairs. Defaults to `None`: a fresh
+            adapter.
 
     Returns:
-        The name of the adapter that was current.
+        The name of the previous adapter.
 
     Raises:
-        ValueError: before anything is changed, if there is no SRLoRA layer, the
-            name is taken, a layer has a record of other weights or none, inside
-            of `adapter_disabled`, or, as in `load_adapter`, if the file does
-            not fit.
+        ValueError: before anything changes, if there is no SRLoRA layer, the
+            name is taken, the record of a layer is missing or belongs to other
+            weights, inside of `adapter_disabled`, or if the file does not fit,
+            as in `load_adapter`.
 
     Example:
 
@@ -94,25 +94,24 @@ def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
 
 
 def set_adapter(model: keras.Model, name: str) -> str:
-    """Makes another adapter current; the present one is kept.
+    """Makes another adapter current, and keeps the previous one.
 
-    Nothing is converted, and compiled functions stay, unless the scale of the
-    factors (`lora_alpha`) is another one. Training goes on where it was: the
-    optimizer has the moments and the step that the adapter was left with, and
-    its learning rate stays. Of an optimizer that the adapter was never trained
-    with, it starts anew, at step 0.
+    Compiled functions stay, unless the scale of the factors (`lora_alpha`)
+    differs. Training continues where it stopped: the optimizer gets the moments
+    and the step that it had with this adapter. Its learning rate stays. An
+    optimizer that never trained this adapter starts at step 0.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
         name: str. One of `list_adapters(model)`.
 
     Returns:
-        The name of the adapter that was current.
+        The name of the previous adapter.
 
     Raises:
-        ValueError: before anything is changed, if there is no adapter of that
-            name, a layer has other weights than those that the adapters were
-            kept on, or inside of `adapter_disabled`.
+        ValueError: before anything changes, if there is no adapter of that
+            name, the pretrained weights of a layer have changed since the
+            adapters were added, or inside of `adapter_disabled`.
     """
     adapters = find_adapters(model)
     _check_known(adapters, name)
@@ -133,7 +132,7 @@ def set_adapter(model: keras.Model, name: str) -> str:
 
 
 def delete_adapter(model: keras.Model, name: str) -> None:
-    """Forgets an adapter that is not current.
+    """Deletes an adapter that is not current.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -157,12 +156,12 @@ def delete_adapter(model: keras.Model, name: str) -> None:
 def combine_adapters(
     model: keras.Model, weights: dict[str, float], name: str = "combined"
 ) -> str:
-    """Adds the weighted sum of adapters as a new one, which is then current.
+    """Adds the weighted sum of adapters as a new adapter, and makes it current.
 
     Each kernel gets the exact weighted sum of the whole updates, fused pairs
-    included. The largest pairs become the factors. The others go into the
-    frozen kernel as fused pairs, of which there is room for `target_rank`. The
-    other trained variables keep their values.
+    included. The largest pairs become the factors. The others, at most
+    `target_rank`, are fused into the frozen kernel. The other trained variables
+    keep their values.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -170,13 +169,12 @@ def combine_adapters(
         name: str. The name of the new adapter. Defaults to `"combined"`.
 
     Returns:
-        The name of the adapter that was current.
+        The name of the previous adapter.
 
     Raises:
-        ValueError: before anything is changed, if a name is not known or the
-            new one is taken, a weight is no finite number, a sum is not finite
-            or needs a higher rank than there is room for, or as `set_adapter`
-            does.
+        ValueError: before anything changes, if a name does not exist or the new
+            one is taken, a weight is not a finite number, a sum is not finite
+            or needs a rank above `rank + target_rank`, and as in `set_adapter`.
 
     Example:
 

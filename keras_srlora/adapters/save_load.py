@@ -46,29 +46,28 @@ def save_adapter(
 ) -> None:
     """Writes the adapter, without the pretrained kernels.
 
-    The file (safetensors) holds for each layer, by its path, the factors, the
-    pairs that were fused, the directions that are unused or were subtracted,
-    and the record: at most `2 · target_rank` pairs a kernel however many
-    recompositions there were. Its metadata describe the model: paths,
-    equations, shapes, rank, `target_rank`, `lora_alpha`, recipe, and a
-    fingerprint of each pretrained kernel. It is written whole or not at all.
+    The file (safetensors) holds for each layer the factors, the fused pairs,
+    the directions that are unused or were subtracted, and the record: at most
+    `2 · target_rank` pairs in each kernel, however many recompositions there
+    were. Its metadata describe the model: paths, equations, shapes, rank,
+    `target_rank`, `lora_alpha`, recipe, and a fingerprint of each pretrained
+    kernel. It is written whole or not at all.
 
-    Of several adapters (`add_adapter`) the current one is written. Layers whose
-    kernels were not decomposed have learnt nothing and are left out, as long as
-    others were.
+    If the model has several adapters (`add_adapter`), the current one is saved.
+    Layers that were not decomposed yet have learned nothing, and are left out.
 
     Args:
         model: a `keras.Model` with SRLoRA layers whose kernels were decomposed.
         filepath: path of the file, such as `"film_reviews.safetensors"`.
         include_trainable: bool. Whether the other trainable variables (a head,
-            biases, norms) are written too. Those of `modules_to_save` always
-            are. Defaults to `False`: a warning names those that were left
-            out.
+            biases, normalization layers) are saved, too. Layers in
+            `modules_to_save` always are. Defaults to `False`: a warning names
+            the variables that were left out.
 
     Raises:
         ValueError: if there is no SRLoRA layer, none was decomposed yet, one
-            has trained factors and no record, two have the same path, or there
-            is a number that is not finite. Nothing is written then.
+            has trained factors and no record, two have the same path, or a
+            number is not finite. Nothing is written then.
         ImportError: if safetensors is not installed.
 
     Example:
@@ -115,17 +114,17 @@ def save_adapter(
 
 
 def load_adapter(model: keras.Model, filepath) -> list:
-    """Puts a saved adapter onto the pretrained model that it was trained on.
+    """Loads a saved adapter onto the pretrained model that it was trained on.
 
-    The layers that the file names are converted where they are plain ones, as
-    `enable_srlora` does; training can go on from there. An adapter that the
-    model has is replaced: SRLoRA layers that the file does not name are
-    pretrained ones again, and optimizers start anew, at step 0. Everything is
-    checked before anything is changed.
+    Plain layers that the file names are converted, as in `enable_srlora`, so
+    training can continue. The adapter of a model with SRLoRA layers is
+    replaced: SRLoRA layers that are not in the file become pretrained ones
+    again, and optimizers start anew at step 0. Everything is checked before
+    anything changes.
 
     Args:
-        model: a built `keras.Model` of the same pretrained weights: plain, or
-            with SRLoRA layers of the same rank, whose adapter is replaced.
+        model: a built `keras.Model` with the same pretrained weights. Its
+            layers may be plain or SRLoRA layers of the same rank.
         filepath: path of a file that `save_adapter` wrote.
 
     Returns:
@@ -133,10 +132,10 @@ def load_adapter(model: keras.Model, filepath) -> list:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, is no adapter, or does not fit:
-            a layer is missing or has another class, equation, shape or rank,
-            or its pretrained kernel is another one. The message names the
-            layer, and the model is unchanged.
+        ValueError: if the file is damaged, is not an adapter, or does not fit:
+            a layer is missing or has another class, equation, shape, rank or
+            pretrained kernel. The message names the layer, and the model is
+            unchanged.
 
     Example:
 

@@ -56,88 +56,90 @@ def enable_srlora(
 ) -> list:
     """Converts the projections of a built model to SRLoRA layers, in place.
 
-    The layers keep their names, paths and places; their kernels are decomposed
-    now. Afterwards exactly these are trainable:
+    The layers keep their names, paths and places, and their kernels are
+    decomposed. Afterwards only these are trainable:
 
     - the factors, even of layers that were frozen before;
-    - the biases that `bias` names, and the layers in `modules_to_save`;
-    - the head where there is one, unless it was frozen.
+    - the biases that `bias` selects, and the layers in `modules_to_save`;
+    - the head, if there is one and it was not frozen.
 
     The head of a KerasHub task is everything outside of its `backbone`. In
-    another model it is the layers behind the last block with projections that
-    are no blocks themselves; without blocks, the last layer with a kernel. A
-    subclassed model is read by the order of its attributes, with a warning that
-    names trainable and frozen layers. `print_trainable_parameters` counts.
+    another model the head is all layers after the last block with projections;
+    in a model without blocks it is the last layer with a kernel. In a
+    subclassed model the order of the attributes counts as the order of the
+    layers, and a warning names trainable and frozen layers.
+    `print_trainable_parameters` shows the numbers.
 
-    Variables that are frozen here stay frozen when `model.trainable` is set to
-    `False` and to `True` again, and in a model that is loaded from a `.keras`
-    file. Frozen batch normalization keeps its moving averages. To train a
-    pretrained layer whole, name it in `modules_to_save`. `merge_srlora` and
-    `unload_srlora` thaw all that was trainable before.
+    Frozen variables stay frozen if you set `model.trainable` to `False` and to
+    `True` again, and in a model that is loaded from a `.keras` file. Frozen
+    batch normalization keeps its moving averages. To train a whole pretrained
+    layer, name it in `modules_to_save`. `merge_srlora` and `unload_srlora` make
+    all variables trainable that were trainable before.
 
-    Every model that holds one of the layers computes and trains the converted
-    ones: its compiled functions are traced again, with TensorFlow every
-    `tf.function` that reads the layers and with JAX every `jax.jit` function,
-    too, and its optimizer, where it was built, starts anew, at step 0. A model
-    around this one that was frozen whole trains the factors. Out of reach are
-    functions that are compiled for good: a concrete function, an exported
-    model, the result of `jax.jit(...).lower(...).compile()`.
+    Other models that hold one of the layers use the converted layers, too.
+    Their compiled functions are traced again, as is every `tf.function` that
+    reads the layers and, on JAX, every `jax.jit` function. Their optimizers, if
+    built, start anew at step 0. A frozen model around this one trains the
+    factors. Functions that are compiled for good keep the plain layers: a
+    concrete function, an exported model, the result of
+    `jax.jit(...).lower(...).compile()`.
 
     Args:
         model: a built `keras.Model`, e.g. a KerasHub backbone or task.
-        rank: int. Number of pairs a kernel. Defaults to `8`.
+        rank: int. Number of pairs in each kernel. Defaults to `8`.
         target_rank: int, or `None` for `8 * rank`. How many singular directions
-            a run may visit, capped by the smaller side of each kernel.
-        lora_alpha: number, or `None` for `rank`. Scale `lora_alpha / rank`.
-        target_layer_names: list of strings: names of layers, or regular
-            expressions that match a whole path. `None`: all projections
-            (`Dense`, `EinsumDense`) of attention and feed-forward: those inside
-            of composite layers, and those beside attention layers; in a model
-            that has none of these, all `Dense` and `EinsumDense` layers but the
-            head. Kernels to a single number, such as the gate of a shared
-            expert, and layers that the model never calls are left out.
+            a run may visit, at most the smaller side of each kernel.
+        lora_alpha: number, or `None` for `rank`. The update is scaled by
+            `lora_alpha / rank`.
+        target_layer_names: list of strings. Names of layers, or regular
+            expressions that match a whole path. Defaults to `None`: all
+            projections (`Dense`, `EinsumDense`) of attention and feed-forward,
+            inside of composite layers and next to attention layers; in a model
+            without any of these, all `Dense` and `EinsumDense` layers except
+            the head. Kernels with a single output, such as the gate of a
+            shared expert, and layers that the model never calls are left out.
         recipe: `"adaptive"` (LoRA that recomposes in long runs),
-            `"lora_restarts"` (in short ones too), `"paper"` (SRLoRA as
-            published) or a `Recipe`: how pairs start, which are fused, along
-            what they restart, and when.
-        decomposition: `"exact"`, `"randomized"` or `"auto"`.
-        exclude_layer_names: list of strings, as in `target_layer_names`: layers
-            that are left as they are. Defaults to none.
-        rank_pattern: dict from names or expressions to ranks, for layers whose
-            rank is not `rank`; the first that matches a layer holds, as in
-            PEFT. Their `target_rank` and `lora_alpha`, where these are `None`,
-            follow their own rank.
-        alpha_pattern: dict from names or expressions to numbers, likewise for
-            layers whose `lora_alpha` is another one.
-        use_rslora: bool. Whether the scale is `lora_alpha / sqrt(rank)`, as
-            rank-stabilized LoRA (arXiv 2312.03732) has it. Defaults to `False`.
-        bias: which biases of the pretrained part are trained, as in PEFT:
-            `"none"`, `"srlora_only"` (of the converted layers) or `"all"`
-            (normalization layers' `beta`, too).
-        modules_to_save: list of strings, as in `target_layer_names`: layers
-            that are trained whole, a new embedding for example, and that
+            `"lora_restarts"` (recomposes in short runs, too), `"paper"` (SRLoRA
+            as published) or a `Recipe`. Defaults to `"adaptive"`.
+        decomposition: `"exact"`, `"randomized"` or `"auto"`. How singular
+            directions are computed. Defaults to `"auto"`: exact for small
+            kernels, randomized for large ones.
+        exclude_layer_names: list of strings, as in `target_layer_names`. Layers
+            that are not converted. Defaults to none.
+        rank_pattern: dict from names or regular expressions to ranks, for
+            layers with another rank. The first that matches a layer is used, as
+            in PEFT. `target_rank` and `lora_alpha`, if `None`, follow the
+            layer's own rank.
+        alpha_pattern: dict from names or regular expressions to numbers, for
+            layers with another `lora_alpha`.
+        use_rslora: bool. Whether the scale is `lora_alpha / sqrt(rank)`, as in
+            rank-stabilized LoRA (arXiv 2312.03732). Defaults to `False`.
+        bias: `"none"`, `"srlora_only"` (of the converted layers) or `"all"`
+            (also `beta` of normalization layers). Which pretrained biases
+            train, as in PEFT. Defaults to `"none"`.
+        modules_to_save: list of strings, as in `target_layer_names`. Layers
+            that train whole, for example a new embedding, and that
             `save_adapter` always saves. Defaults to none.
-        directions: path of a file, such as `"bert.directions.safetensors"`,
-            that keeps the directions: those of these kernels are read from it,
-            bit-equal, and those that it lacks are computed and added. The
-            package safetensors must be installed. Defaults to `None`.
-        verbose: `"auto"`, 0 or 1: whether a progress bar is shown while kernels
-            are decomposed; `"auto"`, on a terminal or in a notebook, where it
-            takes longer than two seconds.
+        directions: path of a file that stores singular directions, such as
+            `"bert.directions.safetensors"`. Directions in the file are read,
+            bit-equal; missing ones are computed and added. The package
+            safetensors must be installed. Defaults to `None`.
+        verbose: `"auto"`, 0 or 1. Whether a progress bar is shown while kernels
+            are decomposed. Defaults to `"auto"`: on a terminal or in a
+            notebook, after two seconds.
 
     Returns:
         List of the converted layers, ordered by their paths.
 
     Raises:
-        ValueError: before anything is changed, if a name or expression matches
+        ValueError: before anything changes, if a name or expression matches
             nothing or a layer of another class, the model is not built, a layer
             was converted before or has Keras's LoRA, a rank is above the
             smaller side of a kernel, an equation is not one contraction, a
-            kernel has entries that are not finite, or another layer, of this
-            model or any other, holds the same kernel variable. The message
-            names the layer.
-            Likewise if the file of `directions` is damaged or of another kind,
-            or two of the layers have the same path there.
+            kernel has entries that are not finite, another layer of any model
+            holds the same kernel variable, the file of `directions` is damaged
+            or of another kind, or two of the layers have the same path there.
+            The message names the layer.
 
     Example:
 

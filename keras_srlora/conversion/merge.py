@@ -18,14 +18,14 @@ from keras_srlora.layers.switched_off import check_switched_on
 def merge_srlora(model: keras.Model) -> list:
     """Turns every SRLoRA layer back into a plain one, in place.
 
-    The kernel becomes the effective kernel, so that the outputs stay; factors,
-    directions and record are dropped. Variables that `enable_srlora` froze are
-    trainable again, kernel and bias of these layers in any case.
-    `unload_srlora` gives the pretrained kernels back instead.
+    The update is added to the kernel, so the outputs stay the same. Factors,
+    directions and record are deleted. Variables that `enable_srlora` froze are
+    trainable again, and so are the kernels and biases of these layers.
+    `unload_srlora` restores the pretrained kernels instead.
 
-    Other models that hold these layers follow: they compute the merged layers,
-    too. The optimizers of all of them, where they were built, start anew, at
-    step 0 and without moments.
+    Other models that hold these layers use the merged layers, too. The
+    optimizers of all these models, if built, start anew at step 0, without
+    moments.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.

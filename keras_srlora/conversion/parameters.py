@@ -9,7 +9,7 @@ from keras_srlora.layers.requirements import check_built
 
 
 def print_trainable_parameters(model: keras.Model) -> None:
-    """Prints how many parameters are trained, in PEFT's words, in one line.
+    """Prints how many parameters train, in one line, as in PEFT.
 
     ```
     trainable params: 332,546 || all params: 23,045,762 || trainable%: 1.4430

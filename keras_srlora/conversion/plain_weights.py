@@ -10,10 +10,10 @@ from keras_srlora.layers.kinds import PLAIN
 def load_plain_weights(model: keras.Model, filepath) -> None:
     """Loads the weights file of the plain model into one with SRLoRA layers.
 
-    `model.load_weights` looks for the layers of a functional or sequential
-    model under the names of their classes, so that it finds no `SRLoRADense` in
-    a file that holds a `Dense`. The loaded kernels are the pretrained ones:
-    factors start anew, and the kernels are decomposed when training starts.
+    `model.load_weights` cannot do this: it looks for layers under the names of
+    their classes, and finds no `SRLoRADense` in a file that holds a `Dense`.
+    The loaded kernels count as pretrained. Factors start anew, and the kernels
+    are decomposed when training starts.
 
     Args:
         model: a built `keras.Model` with SRLoRA layers, of the plain model's

@@ -14,10 +14,10 @@ from keras_srlora.layers.requirements import check_finite_kernel
 def unload_srlora(model: keras.Model) -> list:
     """Turns every SRLoRA layer back into the plain pretrained one, in place.
 
-    As PEFT's `unload`: the adapter is dropped, and the kernels are the
-    pretrained ones again, to rounding; a quantized kernel stays quantized.
-    Other variables (a head, biases) keep their values. Everything else is
-    as after `merge_srlora`, which keeps the adapter's update instead.
+    Like PEFT's `unload`, it deletes the adapter. The kernels are the pretrained
+    ones again, up to rounding; a quantized kernel stays quantized. Other
+    variables (a head, biases) keep their values. `merge_srlora` keeps the
+    adapter's update instead, and does the same in all other respects.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.

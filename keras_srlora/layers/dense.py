@@ -17,40 +17,38 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
     s = lora_alpha / rank
     ```
 
-    `rank` pairs (a row of `a` with a row of `b`) are trained; a
-    `RecompositionCallback` scores them while training, fuses some of them into
-    the kernel, by the recipe, and restarts their slots along unused
-    singular directions of the pretrained kernel.
+    The layer trains `rank` pairs, each a row of `a` with a row of `b`. During
+    training, a `RecompositionCallback` scores the pairs, fuses some of them
+    into the kernel and restarts their slots along singular directions of the
+    pretrained kernel, as the recipe defines.
 
     The kernel is decomposed **when training starts** (by the callback, or by
-    `initialize_factors`), not when the layer is built. The weights that the
-    layer has by then are the pretrained ones, be they from an initializer,
-    `set_weights`, `assign`, or a file (`load_plain_weights` for one of the
-    plain model).
-    Weights that come later as the plain layer's, from a file or through
-    `layer.set_weights`, are decomposed anew. Where a kernel was assigned
-    directly, training refuses to start until `layer.initialize_factors()` was
-    called again. Before the first decomposition `a` is random and `b` zero, as
-    in Keras's LoRA, so the layer computes the same as a plain one.
+    `initialize_factors`), not when the layer is built. The weights at that time
+    count as pretrained, whether they come from an initializer, `set_weights`,
+    `assign`, or a file (use `load_plain_weights` for a file of the plain
+    model). If you load a plain layer's weights later, from a file or with
+    `layer.set_weights`, they are decomposed anew. If you assign to the kernel
+    directly, call `layer.initialize_factors()`: training raises an error until
+    then. Before the first decomposition `a` is random and `b` zero, as in
+    Keras's LoRA, so the layer computes the same as a plain one.
 
     Args:
-        units: Positive integer, as in `keras.layers.Dense`, like every other
-            argument that is not listed here (`activation`, `use_bias`,
-            initializers, regularizers, `bias_constraint`, `dtype`, ...). A
-            `kernel_regularizer` acts on the two factors and a
-            `kernel_constraint` is refused, as in Keras's own LoRA.
+        units: Positive integer, as in `keras.layers.Dense`. All other arguments
+            of `Dense` are accepted, too (`activation`, `use_bias`,
+            initializers, regularizers, `bias_constraint`, `dtype`, ...). As in
+            Keras's own LoRA, a `kernel_regularizer` acts on the two factors,
+            and a `kernel_constraint` raises an error.
         rank: Positive integer. Number of pairs, at most the smaller side of
             the kernel. Defaults to `8`.
         target_rank: Integer of at least `rank`. How many singular directions a
-            run may visit; capped by the smaller side of the kernel. Defaults to
+            run may visit, at most the smaller side of the kernel. Defaults to
             `None`: `8 * rank`.
         lora_alpha: Positive number. The low-rank part is scaled by
-            `lora_alpha / rank`. Defaults to `None`: `rank`, so scale 1, as in
-            the paper.
+            `lora_alpha / rank`. Defaults to `None`: `rank`, so the scale is 1,
+            as in the paper.
         recipe: `"adaptive"` (LoRA that recomposes in long runs),
-            `"lora_restarts"` (in short ones too), `"paper"` (SRLoRA as
-            published) or a `Recipe`: how pairs start, which are fused, along
-            what they restart, and when. Defaults to `"adaptive"`.
+            `"lora_restarts"` (recomposes in short runs, too), `"paper"` (SRLoRA
+            as published) or a `Recipe`. Defaults to `"adaptive"`.
         decomposition: `"exact"`, `"randomized"` or `"auto"` (by size).
             Defaults to `"auto"`.
         train_bias: Bool. Whether the bias is trained. Defaults to `True`;
@@ -63,9 +61,9 @@ class SRLoRADense(SRLoRALayer, keras.layers.Dense):
         N-D tensor with shape `(batch_size, ..., units)`.
 
     Raises:
-        ValueError: for a `rank` that is not positive or above the kernel's
-            smaller side (on building), a `target_rank` below `rank`, a
-            `lora_alpha` that is not positive, a `kernel_constraint`.
+        ValueError: if `rank` is not positive or, when the layer is built, above
+            the kernel's smaller side, `target_rank` is below `rank`,
+            `lora_alpha` is not positive, or there is a `kernel_constraint`.
 
     Example:
 

@@ -12,16 +12,16 @@ from keras_srlora.layers.pairs import kernel_in_step
 class SRLoRAEinsumDense(SRLoRALayer, keras.layers.EinsumDense):
     """A `keras.layers.EinsumDense` with a frozen kernel adapted by SRLoRA.
 
-    The kernel, of any number of dimensions, is read as one matrix: contracted
-    dimensions × dimensions of the kernel alone, wherever they lie in it. In
-    `"btd,ndh->btnh"` it is `d × (n·h)`, in `"bquh,uhm->bqm"` it is
-    `(u·h) × m`. `lora_kernel_a` then has shape `(rank, in)` and
-    `lora_kernel_b` `(rank, out)` with the flattened sizes.
+    The kernel, of any number of dimensions, is read as one matrix of shape
+    `(in, out)`. Its rows are the dimensions that are contracted with the
+    inputs, its columns the other dimensions. In `"btd,ndh->btnh"` it is
+    `d × (n·h)`, in `"bquh,uhm->bqm"` it is `(u·h) × m`. `lora_kernel_a` has
+    shape `(rank, in)`, and `lora_kernel_b` has shape `(rank, out)`.
 
     Args:
         equation: String, an einsum equation with one contraction.
-        output_shape: As in `keras.layers.EinsumDense`, like every other
-            argument that is not listed here.
+        output_shape: As in `keras.layers.EinsumDense`. All other arguments of
+            `EinsumDense` are accepted, too.
         rank: Positive integer. Number of pairs. Defaults to `8`.
         target_rank: Integer of at least `rank`, or `None` for `8 * rank`. How
             many singular directions a run may visit.
@@ -32,12 +32,13 @@ class SRLoRAEinsumDense(SRLoRALayer, keras.layers.EinsumDense):
             `"auto"`.
         train_bias: Bool. Whether the bias is trained. Defaults to `True`.
 
-    `SRLoRADense` describes them in full, and when the kernel is decomposed.
+    `SRLoRADense` describes these arguments in full, and the time at which the
+    kernel is decomposed.
 
     Raises:
-        ValueError: on building, for an equation that is not one contraction
-            (a batch of kernels, a dimension summed in one operand alone);
-            otherwise as `SRLoRADense`.
+        ValueError: when the layer is built, if the equation is not one
+            contraction (a batch of kernels, a dimension that is summed in one
+            operand alone); otherwise as in `SRLoRADense`.
 
     Example:
 

@@ -18,15 +18,15 @@ class SRLoRAEmbedding(SRLoRALayer, keras.layers.Embedding):
     s = lora_alpha / rank
     ```
 
-    The table is read as a matrix of shape `(input_dim, output_dim)`, and no
-    table of that size is made in a step: `lora_embeddings_a` has shape
-    `(rank, input_dim)`, `lora_embeddings_b` has shape `(rank, output_dim)`.
-    `enable_srlora` converts an embedding where `target_layer_names` names it.
+    The table is a matrix of shape `(input_dim, output_dim)`, and a step never
+    forms another one of that size. `lora_embeddings_a` has shape
+    `(rank, input_dim)`, and `lora_embeddings_b` has shape `(rank, output_dim)`.
+    `enable_srlora` converts an embedding only if `target_layer_names` names it.
 
     Args:
-        input_dim: Positive integer, as in `keras.layers.Embedding`, like every
-            other argument that is not listed here. A quantized table and an
-            `embeddings_constraint` are refused.
+        input_dim: Positive integer, as in `keras.layers.Embedding`. All other
+            arguments of `Embedding` are accepted, too. A quantized table and an
+            `embeddings_constraint` raise an error.
         output_dim: Positive integer.
         rank: Positive integer. Number of pairs. Defaults to `8`.
         target_rank: Integer of at least `rank`, or `None` for `8 * rank`. How
@@ -37,7 +37,8 @@ class SRLoRAEmbedding(SRLoRALayer, keras.layers.Embedding):
         decomposition: `"exact"`, `"randomized"` or `"auto"`. Defaults to
             `"auto"`.
 
-    `SRLoRADense` describes them in full, and when the table is decomposed.
+    `SRLoRADense` describes these arguments in full, and the time at which the
+    table is decomposed.
 
     Input shape:
         N-D tensor of integers.

@@ -91,13 +91,13 @@ def require_records(layers):
 def initialize_factors(model, directions=None, verbose="auto") -> list:
     """Decomposes the kernels of the SRLoRA layers that are not decomposed yet.
 
-    `RecompositionCallback` and `Recomposer` do it when training starts. Call it
-    to do it earlier, once the pretrained weights are in place.
+    `RecompositionCallback` and `Recomposer` do this when training starts. Call
+    it yourself to do it earlier, after the pretrained weights are loaded.
 
     Args:
         model: a built `keras.Model` with SRLoRA layers.
-        directions: path of a file, as in `enable_srlora`, that keeps the
-            directions for the next run. Defaults to `None`.
+        directions: path of a file that stores the directions for the next run,
+            as in `enable_srlora`. Defaults to `None`.
         verbose: `"auto"`, 0 or 1, as in `enable_srlora`.
 
     Returns:

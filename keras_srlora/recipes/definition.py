@@ -22,16 +22,17 @@ Choice = str | Callable
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The choices of a run: functions, by name, and a few numbers.
+    """Defines how a run recomposes: named functions, and a few numbers.
 
-    Each choice is one of the strings below, or a function of the signature
-    that `keras_srlora/recipes/choices.py` gives for it. Register the function
-    with `keras.saving.register_keras_serializable`: it is saved by name.
+    Each choice is one of the strings below, or a function with the signature
+    that is given here; `keras_srlora/recipes/choices.py` has examples. Register
+    your function with `keras.saving.register_keras_serializable`, because it is
+    saved by its name.
 
     Args:
         start: how the first pairs start. `"pissa"` (along the leading singular
-            directions, which go out of the kernel) or `"lora"` (`a` random,
-            `b` zero). A function as for `scale`.
+            directions, which are subtracted from the kernel) or `"lora"` (`a`
+            random, `b` zero). A function as for `scale`.
         score: how important a pair is. `"sensitivity"` (`|w · g|`, averaged) or
             `"magnitude"` (`‖a_k‖ · ‖b_k‖`). A function
             `(evidence) -> tensor (rank,)`.
@@ -44,51 +45,53 @@ class Recipe:
         scale: at what scale a pair restarts. `"sqrt_singular_value"` or
             `"as_lora"` (`b` zero). A function
             `(singular_values, tolerance, scale) -> (scale_a, scale_b)`.
-        slots: what happens to the optimizer's slots of a restarted pair.
+        slots: how the optimizer's moments of a restarted pair start.
             `"zero_first_moments"`, `"zero"`, `"keep"`, or `"shared"`: second
-            moments start from the mean of the layer's pairs, so
-            that a new pair's steps are about as large as theirs. A function
+            moments start from the mean of the layer's pairs, so that a new
+            pair's steps are about as large as theirs. A function
             `(kind, values) -> values`.
-        schedule: when. `"evenly"` over the run, or `"by_life"`: as often as
-            `steps_per_pair` and `pair_life` allow. A function
-            `(steps, recompositions) -> interval`.
-        gate: `"none"`, or `"flat_loss"`: nothing is recomposed while the
-            training loss falls. Where it is flat, one recomposition probes; the
-            others follow, by the schedule, if the loss then falls faster than
-            before, and as long as it falls. A class with the methods of
+        schedule: when a run recomposes. `"evenly"` over the run, or
+            `"by_life"`: as often as `steps_per_pair` and `pair_life` allow. A
+            function `(steps, recompositions) -> interval`.
+        gate: `"none"`, or `"flat_loss"`: the run does not recompose while the
+            training loss falls. Once the loss is flat, one recomposition is
+            tried. If the loss then falls faster than before, the others follow
+            by the schedule, as long as it falls. A class with the methods of
             `keras_srlora.recipes.protocol.Gate`.
-        turns: int. Groups of layers, which are recomposed in turn: every
+        turns: int. Number of groups of layers that recompose in turn: every
             `turns`-th layer at a time, so that few pairs are new at once.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
-        steps_per_pair: int. Least number of steps that a pair is trained
-            before its slot restarts: a run that is short for its directions
+        steps_per_pair: int. Least number of steps for which a pair trains
+            before its slot restarts. A run that is too short for all directions
             recomposes less often, and does not visit all of them.
-        predictions_per_pair: int. The same in predictions that it learns from:
-            labels of a classification, tokens of a language model, values of a
-            regression. `fit` counts them where the model's outputs and loss say
-            how many there are.
-        pair_life: float in [0, 1). The same as a part of the run. The longest
-            life of the three is taken.
-        lives_per_run: int. Lives of a pair in the shortest run that is
-            recomposed at all; a shorter one is plain LoRA (or PiSSA, as it
-            starts). `1`: any run.
-        reuse_directions: bool. Whether directions come again once pairs started
-            along all of them, so that they never run out. For pairs that
-            subtract nothing (`start="lora"`, `scale="as_lora"`).
-        stop: float in (0, 1]. Part of the run after which nothing is
-            recomposed, so that the last pairs have their time.
+        predictions_per_pair: int. Least number of predictions that a pair
+            learns from: labels of a classification, tokens of a language model,
+            values of a regression. `fit` counts them if the model's outputs and
+            Keras's losses determine their number.
+        pair_life: float in [0, 1). Least part of the run for which a pair
+            trains. The largest of the three minima applies: the lifetime.
+        lives_per_run: int. Number of lifetimes that a run must last to
+            recompose at all. A shorter run is plain LoRA (or PiSSA, with
+            `start="pissa"`). With `1`, any run recomposes.
+        reuse_directions: bool. Whether a run begins again with the first
+            directions once it has used all of them. For pairs that subtract
+            nothing (`start="lora"`, `scale="as_lora"`).
+        stop: float in (0, 1]. Part of the run after which it does not
+            recompose, so that the last pairs have time to train.
         beta1: float in [0, 1). Decay of the average sensitivity `Ī`.
         beta2: float in [0, 1). Decay of its uncertainty `Ū`.
 
-    The defaults are the published recipe, `recipe="paper"` (SRLoRA, arXiv
-    2505.12433, section 3), which leaves `slots` open.
-    `recipe="adaptive"`, which layers have by default, starts each pair as LoRA
-    does, trains it for a twentieth of the run, and at least for 200 steps and
-    200,000 predictions, then fuses it and restarts its slot. It leaves a run of
-    fewer than 1,000 steps or 1,000,000 predictions alone: that is plain LoRA.
-    `recipe="lora_restarts"` does the same in the first half of a run of any
-    length, once for each direction, and with all moments at zero.
+    The default values are the published recipe, `recipe="paper"` (SRLoRA, arXiv
+    2505.12433, section 3); the paper does not define `slots`.
+
+    Layers use `recipe="adaptive"` by default. It starts each pair as LoRA does,
+    trains it for a twentieth of the run, and at least for 200 steps and 200,000
+    predictions, then fuses it and restarts its slot. A run of fewer than 1,000
+    steps or 1,000,000 predictions is plain LoRA.
+
+    `recipe="lora_restarts"` restarts pairs in the same way in the first half of
+    a run of any length. It uses each direction once, and zeroes all moments.
 
     Example:
 

@@ -26,17 +26,18 @@ class RecompositionCallback(keras.callbacks.Callback):
     Without arguments it follows the recipe of the layers. The default recipe,
     `"adaptive"`, trains each pair for a twentieth of the run, at least 200
     steps and 200,000 predictions (tokens, values or labels). Then it fuses the
-    pair and restarts its slot, until 0.85 of the run. A run of fewer than five
-    such lives is plain LoRA, with a warning where it has few predictions.
+    pair and restarts its slot, until 0.85 of the run. A run that is too short
+    for five such lifetimes is plain LoRA; if it has too few predictions, a
+    warning appears.
 
     Expect a gain in long runs whose task needs an update of a higher rank. The
-    length of a run is `epochs` times the steps of an epoch; where the data set
-    has no size, it is known after the first epoch.
+    length of a run is `epochs` times the steps of an epoch. If the data set has
+    no size, the length is known after the first epoch.
 
     During `fit` the optimizer is wrapped in a `SensitivityOptimizer`. A step is
-    a batch. A recomposition takes place before the first batch after it was
-    due, with `gradient_accumulation_steps` after the accumulation, with
-    `steps_per_execution` after the execution; none after the last step.
+    a batch. A recomposition takes place between two batches; with
+    `gradient_accumulation_steps` it waits for the end of the accumulation, with
+    `steps_per_execution` for the end of the execution.
 
     Args:
         interval: int or `None`. Steps between two recompositions, in place of
@@ -45,26 +46,27 @@ class RecompositionCallback(keras.callbacks.Callback):
             recomposition fuses, at least one pair. Defaults to `None`: that of
             the recipe.
         recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
-            layers. It may start pairs in another way if none was trained
-            yet.
-        verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
+            layers. Another start of the pairs is possible only before they are
+            trained.
+        verbose: 0 or 1. With 1, prints a line for each recomposition. Defaults
+            to `0`.
 
     Attributes:
         events: list of `Recomposition`, in order.
         recomposer: the `Recomposer` of the run.
 
-    The `logs` of an epoch gain `srlora_recompositions` (in this epoch),
-    `srlora_directions` (used so far, mean over the layers) and `srlora_drift`
-    (largest in this epoch). `History` has them; `CSVLogger` and `TensorBoard`
-    have them if they come later in the list.
+    The callback adds to the `logs` of an epoch: `srlora_recompositions` (in
+    this epoch), `srlora_directions` (used so far, mean over the layers) and
+    `srlora_drift` (largest in this epoch). `History` has them, and so do
+    `CSVLogger` and `TensorBoard` if they come later in the list.
 
     Raises:
-        ValueError: when `fit` starts, before anything is changed: no SRLoRA
-            layer, a layer that is not built or frozen, a kernel that is not
-            finite, an optimizer that cannot work or was built for other
-            variables, another model's run that has not ended.
+        ValueError: when `fit` starts, before anything changes, if there is no
+            SRLoRA layer, a layer is not built or is frozen, a kernel is not
+            finite, the optimizer is not supported or was built for other
+            variables, or the callback is in use by another model's run.
         RuntimeError: if the model's optimizer is replaced during the run, or
-            the processes of a run on several start from different weights or
+            the processes of a distributed run start from different weights or
             score different gradients.
 
     Example:

@@ -42,26 +42,23 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
     """Wraps an optimizer and scores the SRLoRA pairs from its gradients.
 
     Keras has no hook for gradients. Like `LossScaleOptimizer`, this class wraps
-    another optimizer and hands the gradients on to it.
-    `RecompositionCallback` puts it in place for the time of a `fit`; custom
-    loops use it directly.
+    another optimizer and passes the gradients on to it. `RecompositionCallback`
+    uses it during `fit`; custom loops use it directly.
 
-    The wrapper is transparent: every attribute and method but those below is
-    read from, and written to, the wrapped optimizer, so that other callbacks
-    find `use_ema`, `beta_1` or `weight_decay` where they expect them.
-    `isinstance(optimizer, keras.optimizers.Adam)` holds where an `Adam` is
-    wrapped. Its own are `apply`, `variables` (the statistics, and then those of
-    the wrapped optimizer), `sensitivity`, and `unwrap()`, which returns the
-    wrapped optimizer.
+    The wrapper has the attributes and methods of the wrapped optimizer, so
+    other callbacks find `use_ema`, `beta_1` or `weight_decay`, and
+    `isinstance(optimizer, keras.optimizers.Adam)` is true if an `Adam` is
+    wrapped. The wrapper itself adds `apply`, `variables` (the running averages
+    of the scores, then the variables of the wrapped optimizer), `sensitivity`,
+    and `unwrap()`, which returns the wrapped optimizer.
 
-    With `gradient_accumulation_steps=k` the statistics are updated once every
-    `k` batches, from the mean gradient that the wrapped
-    optimizer applies. The gradient is scored before clipping, after loss
-    scales are divided out.
+    With `gradient_accumulation_steps=k` the running averages are updated once
+    every `k` batches, from the mean gradient that the wrapped optimizer
+    applies. They use the gradient before clipping, without loss scales.
 
-    The optimizer is saved as the one that it wraps, so that a model saved in
-    the middle of a run loads with the stock optimizer and its state; the
-    statistics are saved with the layers.
+    The optimizer is saved as the wrapped one, so a model that was saved during
+    a run loads with the plain optimizer and its state. The running averages are
+    saved with the layers.
 
     Args:
         inner_optimizer: the `keras.optimizers.Optimizer` to wrap.
@@ -156,9 +153,9 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Returns the wrapped optimizer: there is no model to score here.
+        """Returns the wrapped optimizer, because there is no model to score.
 
-        For files of versions that saved the wrapper by its name.
+        This reads files of versions that saved the wrapper by its name.
         """
         return keras.saving.deserialize_keras_object(
             config["inner_optimizer"], custom_objects=custom_objects

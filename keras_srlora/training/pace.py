@@ -184,17 +184,17 @@ class Pace:
         if steps < lives * self.recipe.life(steps):
             if self._verbose:
                 print(
-                    f"\nThis run is plain LoRA: the recipe asks for {lives} "
-                    f"lives of a pair, {self.life:.0f} steps each. "
-                    f"It has {steps}.",
+                    f"\nThis run is plain LoRA: it has {steps} steps, and the "
+                    f"recipe needs {lives} lifetimes of a pair, "
+                    f"{self.life:.0f} steps each.",
                     flush=True,
                 )
             return
         _warn(
-            "Nothing will be recomposed, this run is plain LoRA: a step learns "
+            "This run is plain LoRA, without recompositions: a step learns "
             f"from {self.state.predictions:g} predictions (labels, tokens or "
-            f"values), so that a pair would live for {self.life:.0f} steps, "
-            f"and the recipe asks for {lives} lives. Received: a run of "
+            f"values), so that a pair trains for {self.life:.0f} steps, and "
+            f"the recipe needs {lives} lifetimes of a pair. Received: a run of "
             f"{steps} steps. Train longer or with larger batches. To recompose "
             "all the same, pass `RecompositionCallback(interval=...)` or "
             'another recipe, such as `recipe="lora_restarts"`.'

@@ -27,10 +27,10 @@ COMPANION = "run"
 
 
 class Recomposer:
-    """A run: decides when pairs are recomposed, and does it.
+    """Follows a recipe in a custom training loop of TensorFlow, JAX or PyTorch.
 
-    `RecompositionCallback` has one in `fit`. A training loop of TensorFlow, JAX
-    or PyTorch has one itself, and follows the whole recipe with it:
+    It scores the pairs, decides when to recompose, recomposes, and treats the
+    optimizer's moments. In `fit`, `RecompositionCallback` uses one.
 
     ```python
     recomposer = keras_srlora.Recomposer(model, adam, total_steps=len(batches))
@@ -41,26 +41,27 @@ class Recomposer:
         recomposer.report_loss(loss)
     ```
 
-    It decomposes kernels that were not yet. Its state is saved with the weights
-    of its first layer; see `restore`.
+    It decomposes kernels that are not decomposed yet. Its state is saved with
+    the weights of its first layer; see `restore`.
 
     Args:
         model: a `keras.Model` with SRLoRA layers, or a list of such layers.
-        optimizer: the optimizer of the loop. One of Keras is wrapped in a
-            `SensitivityOptimizer`, which the loop must use:
-            `recomposer.optimizer`. One of `torch.optim` is used as it is:
-            whenever it steps, the gradients that it finds are scored before.
+        optimizer: the optimizer of the loop. A Keras optimizer is wrapped in a
+            `SensitivityOptimizer`; train with `recomposer.optimizer`. A
+            `torch.optim` optimizer stays the same, and the gradients are scored
+            before each of its steps.
         recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
             layers.
-        total_steps: int. Training steps of the run. Needed unless `interval`
+        total_steps: int. Training steps of the run. Required unless `interval`
             is given.
-        interval: int or `None`. Steps between two recompositions; with a number
-            the recipe's gate is left out.
+        interval: int or `None`. Steps between two recompositions, in place of
+            the recipe's gate and schedule. Defaults to `None`: the recipe's.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.
         predictions_per_step: int or `None`. How many labels, tokens or values
-            a step learns from. Where they are few, a recipe lets pairs live
-            longer, or leaves the run alone. Defaults to `None`: enough.
-        verbose: 0 or 1. With 1, one line a recomposition. Defaults to `0`.
+            a step learns from. With few of them, a recipe fuses pairs later, or
+            trains plain LoRA. Defaults to `None`: their number plays no role.
+        verbose: 0 or 1. With 1, prints a line for each recomposition. Defaults
+            to `0`.
 
     Attributes:
         layers: list of the SRLoRA layers.
@@ -68,14 +69,14 @@ class Recomposer:
         optimizer: the optimizer to train with.
         sensitivity: the `Sensitivity` that scores the pairs.
         events: list of `Recomposition`, in order.
-        pace: `Pace`: schedule, gate and position.
+        pace: `Pace`. Schedule, gate and position.
 
     Raises:
-        ValueError: before anything is changed, if there is no SRLoRA layer, one
-            is not built or is frozen, a kernel is not finite, the optimizer
-            cannot work or was built for other variables, the pairs have started
-            in another way than the recipe's, or neither `total_steps` nor
-            `interval` is given.
+        ValueError: before anything changes, if there is no SRLoRA layer, one is
+            not built or is frozen, a kernel is not finite, the optimizer is not
+            supported or was built for other variables, the pairs did not start
+            as the recipe's do, or neither `total_steps` nor `interval` is
+            given.
     """
 
     def __init__(
@@ -126,20 +127,20 @@ class Recomposer:
     # Each step.
 
     def is_due(self, step: int) -> bool:
-        """Whether `before_step(step)` may look at, or change, variables.
+        """Whether `before_step(step)` may read or change variables.
 
-        A JAX loop writes its state to the variables first.
+        If it is true, a JAX loop writes its state to the variables first.
         """
         return self.pace.is_due(step)
 
     def before_step(self, step: int) -> list[Recomposition]:
-        """Recomposes where it is time; to be called before each step.
+        """Recomposes if it is time. Call it before each step.
 
         Args:
-            step: int. Training steps done.
+            step: int. Number of training steps done.
 
         Returns:
-            List of `Recomposition`, which is mostly empty.
+            List of `Recomposition`, empty for most steps.
 
         Raises:
             RuntimeError: if an SRLoRA layer was frozen since the run began.
@@ -153,12 +154,12 @@ class Recomposer:
         return self._recompose(step) if self.pace.decide(step) else []
 
     def report_loss(self, total: Any, count: float = 1) -> None:
-        """Tells a gate the losses of the steps since the last report.
+        """Reports the losses of the steps since the last report to a gate.
 
         Args:
-            total: sum of the losses: a number, or a scalar tensor, which is
-                read no sooner than it is needed.
-            count: how many losses the sum has. Defaults to `1`.
+            total: sum of the losses. A number, or a scalar tensor, which is
+                only read when it is needed.
+            count: number of losses in the sum. Defaults to `1`.
         """
         self.pace.report_loss(total, count)
 
@@ -181,12 +182,12 @@ class Recomposer:
         self.pace.resume(saved, epoch_steps)
 
     def restore(self, arrays: dict | None = None) -> None:
-        """Goes on where a saved run was.
+        """Resumes a saved run.
 
         The state of a run is part of a weights file. `model.load_weights`
-        restores the run of a `Recomposer` that was made before; one that is
-        made afterwards goes on after `recomposer.restore()`. The loop goes on
-        with step `recomposer.steps_done`.
+        restores the run of an existing `Recomposer`. If you make the
+        `Recomposer` after loading, call `recomposer.restore()`. Continue the
+        loop with step `recomposer.steps_done`.
 
         Args:
             arrays: dict that `to_arrays` returned. Defaults to `None`: the
@@ -217,11 +218,11 @@ class Recomposer:
 
     @property
     def steps_done(self) -> int:
-        """Steps that were begun: with which a restored loop goes on."""
+        """Steps that were begun; a restored loop continues with this step."""
         return self.pace.state.begun + 1
 
     def saved_state(self, with_gate: bool = False) -> RunState:
-        """The state that was loaded; that of no run where there is none."""
+        """The state that was loaded, or the state before any run."""
         if not self._saved:
             return RunState()
         recipe = self.recipe if with_gate else None

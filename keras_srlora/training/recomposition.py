@@ -65,31 +65,31 @@ def recompose(
 ) -> list[Recomposition]:
     """Fuses some pairs of each layer and restarts their slots, now.
 
-    `Recomposer` calls it by its schedule. The function that each
-    layer computes does not change. A layer whose directions have run out, or
-    whose factors or scores are not finite, is left as it is, with a warning in
-    the latter case.
+    `Recomposer` calls it at the scheduled steps. The function that each layer
+    computes does not change. A layer whose directions are used up keeps its
+    pairs. So does a layer whose factors or scores are not finite, with a
+    warning.
 
     Args:
         sensitivity: the `Sensitivity` that scored the layers.
-        optimizer: the built optimizer whose slots of the restarted pairs are
-            treated by the recipe: one of Keras, as it is or as a
-            `SensitivityOptimizer`, or one of `torch.optim`. `None` where there
-            is none: treat the slots of the returned `Recomposition`s yourself.
-        step: int. Training steps done, which the age of a pair and the record
-            are counted in.
+        optimizer: the built optimizer, whose moments of the restarted pairs are
+            treated by the recipe: a Keras optimizer, a `SensitivityOptimizer`
+            or a `torch.optim` optimizer. With `None`, treat the slots of the
+            returned `Recomposition`s yourself.
+        step: int. Number of training steps done, from which the age of each
+            pair is computed.
         recipe: a `Recipe` or the name of one. Defaults to `None`: each layer
             follows its own.
-        layers: list of those to recompose. Defaults to `None`: all that are
-            scored.
+        layers: list of the layers to recompose. Defaults to `None`: all layers
+            of `sensitivity`.
 
     Returns:
         List of `Recomposition`, one for each layer that was recomposed.
 
     Raises:
-        ValueError: before anything is changed, if a layer was not decomposed.
-        RuntimeError: likewise, if the processes of `torch.distributed` have
-            scored different gradients.
+        ValueError: before anything changes, if a layer was not decomposed.
+        RuntimeError: before anything changes, if the processes of
+            `torch.distributed` have scored different gradients.
 
     Example:
 
@@ -229,8 +229,8 @@ def describe(events: list[Recomposition], layer_count: int) -> str:
     return (
         f"step {events[0].step}: recomposed {len(events)} of {layer_count} "
         f"layers, {fused} pairs fused and restarted along directions "
-        f"{min(directions)} to {max(directions)}; largest change of a kernel "
-        f"{drift:.1e} of its largest entry"
+        f"{min(directions)} to {max(directions)}; rounding changed a kernel by "
+        f"at most {drift:.1e} of its largest entry"
     )
 
 

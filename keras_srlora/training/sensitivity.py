@@ -31,8 +31,8 @@ class Sensitivity:
     importance of pair k = mean of Ī·Ū over a's row k + mean over b's row k
     ```
 
-    `SensitivityOptimizer` calls `update` inside the compiled train step; a loop
-    of your own may call it, or leave that to the optimizer.
+    `SensitivityOptimizer` calls `update` inside the compiled train step. A
+    custom loop may call it itself, or use that optimizer.
 
     Args:
         layers: list of built SRLoRA layers.
@@ -40,9 +40,9 @@ class Sensitivity:
         beta2: float in [0, 1). Decay of `Ū`. Defaults to `0.85`.
 
     Attributes:
-        variables: two float32 variables, `Ī` and `Ū` of all factors one after
-            the other, so that a step updates them in a few operations however
-            many layers there are; `2 · rank · (in + out)` numbers a layer.
+        variables: two float32 variables with `Ī` and `Ū` of all factors, one
+            after the other, so that a step updates all layers in a few
+            operations. A layer has `2 · rank · (in + out)` numbers.
 
     Example:
 
@@ -84,9 +84,9 @@ class Sensitivity:
         ]
 
     def update(self, gradients: list, variables: list, is_step=True) -> None:
-        """One step of the averages, from the gradients of this step.
+        """Updates the averages with the gradients of one step.
 
-        Leaves no mark where a gradient, of any variable, is not finite.
+        If a gradient of any variable is not finite, nothing changes.
 
         Args:
             gradients: list of tensors, or `None` where a variable has none.
@@ -143,15 +143,15 @@ class Sensitivity:
         )
 
     def importance(self, recipe: Recipe | None = None) -> list:
-        """Importance of each pair of each layer.
+        """Returns the importance of each pair of each layer.
 
         Args:
             recipe: the `Recipe` whose score is taken. Defaults to `None`: that
                 of each layer.
 
         Returns:
-            List of float32 NumPy arrays, one a layer, of shape `(rank,)`. One
-            transfer from the device for all of them.
+            List of float32 NumPy arrays of shape `(rank,)`, one for each layer.
+            They are read from the device in one transfer.
         """
         values = [ops.convert_to_tensor(v) for v in self.variables]
         scores = [

@@ -53,20 +53,20 @@ OF_CLASS = {"ScheduleFreeAdamW": {"momentum": WEIGHT_AVERAGE}}
 def register_optimizer_slots(optimizer_class: type, slots: dict) -> None:
     """Registers the kinds of an optimizer's slots.
 
-    When a pair restarts, the recipe treats its moments; a moving average of the
+    When a pair restarts, the recipe treats its moments. A moving average of the
     weights starts from the new pair, and a gradient that is being accumulated
-    from zero. Slots that are not known stay as they are, with a warning.
+    starts from zero. Unknown slots stay unchanged, and a warning names them.
 
     Args:
         optimizer_class: a class of `keras.optimizers.Optimizer` or
-            `torch.optim.Optimizer`; its subclasses are meant too.
+            `torch.optim.Optimizer`. Its subclasses are registered, too.
         slots: dict from the name of a slot, as passed to
             `add_variable_from_reference` (or as in `optimizer.state[p]`), to
             its kind: `"first_moment"`, `"second_moment"`, `"weight_average"` or
             `"gradient_sum"`.
 
     Raises:
-        ValueError: for a kind that does not exist.
+        ValueError: if a kind does not exist.
 
     Example:
 

@@ -74,8 +74,8 @@ def test_a_short_run_is_left_alone_and_verbose_says_why(capsys):
     callback = RecompositionCallback(verbose=1)
     assert fit(converted(quick()), callback, 6) == []
     assert (
-        "plain LoRA: the recipe asks for 7 lives of a pair, 8 steps each. "
-        "It has 48."
+        "plain LoRA: it has 48 steps, and the recipe needs 7 lifetimes of a "
+        "pair, 8 steps each."
     ) in capsys.readouterr().out
     # An interval is obeyed.
     events = fit(converted(quick()), RecompositionCallback(interval=20), 6)
@@ -94,7 +94,9 @@ def test_a_run_of_few_predictions_is_lora():
     recipe = quick(predictions_per_pair=300)
     model = converted(recipe)
     # 80 steps of 24 predictions are not seven times 300.
-    with pytest.warns(UserWarning, match="from 24 .*for 12 steps.*7 lives.*80"):
+    with pytest.warns(
+        UserWarning, match="from 24 .*for 12 steps.*7 lifetimes.*80"
+    ):
         assert fit(model, RecompositionCallback(), 10) == []
     lora = converted(Recipe(start="lora"))
     data = regression_data(np.random.default_rng(0))
