@@ -8,6 +8,10 @@ from keras import ops
 
 import keras_srlora
 from keras_srlora.adapters import format as adapter_format
+from keras_srlora.backend.keras_private.compiled import functions_that_read
+from keras_srlora.backend.keras_private.compiled import kinds_of_functions
+from keras_srlora.backend.keras_private.nesting import models_that_hold
+from keras_srlora.backend.living import living
 from keras_srlora.files import tensors as tensors_file
 
 # Restarts behind the gate that waits for a flat loss.
@@ -201,3 +205,15 @@ class Recorder(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         self.model  # noqa: B018 - on JAX this brings the variables up to date
         self.weights.append({v.name: to_numpy(v) for v in self.layer.variables})
+
+
+def models_holding(layers):
+    """All living models that hold one of some layers."""
+    (found,) = living(keras.layers.Layer)
+    return models_that_hold(layers, found)
+
+
+def functions_reading(variables):
+    """All living functions that read one of some variables."""
+    found = living(*kinds_of_functions())
+    return functions_that_read(variables, [x for kind in found for x in kind])

@@ -1,6 +1,6 @@
 """The state of `torch.optim` optimizers, as in `keras_private.rebuilding`."""
 
-import gc
+from keras_srlora.backend.living import living
 
 
 def living_optimizers(variables) -> list:
@@ -8,11 +8,11 @@ def living_optimizers(variables) -> list:
     import torch
 
     wanted = {id(v.value) for v in variables}
+    (found,) = living(torch.optim.Optimizer)
     return [
         optimizer
-        for optimizer in gc.get_objects()
-        if issubclass(type(optimizer), torch.optim.Optimizer)
-        and any(
+        for optimizer in found
+        if any(
             id(parameter) in wanted
             for group in getattr(optimizer, "param_groups", ())
             for parameter in group["params"]

@@ -17,7 +17,6 @@ from keras_srlora.conversion.targets import find_by_pattern
 from keras_srlora.conversion.targets import find_modules
 from keras_srlora.conversion.targets import find_targets
 from keras_srlora.conversion.targets import refuse_converted
-from keras_srlora.conversion.targets import refuse_shared_kernels
 from keras_srlora.files.directions import open_directions
 from keras_srlora.functional.contraction import as_matrix
 from keras_srlora.layers.find import decompose_kernels
@@ -238,8 +237,8 @@ def convert_plain(model, layers, arguments, trained=(), modules=()):
     """
     if not layers and not trained:
         return
-    refuse_shared_kernels(layers)
     holders = Holders(model, layers)
+    holders.refuse_shared_kernels()
     freeze_base(model, layers, trained, modules, holders.containers())
     trained = {id(variable) for variable in trained}
     arguments = [

@@ -4,18 +4,26 @@ A layer may be a part of many models, and each of them has compiled functions
 and an optimizer of its own.
 """
 
+import gc
 import warnings
 from typing import Any
+
+import keras
 
 from keras_srlora.backend import devices
 from keras_srlora.backend.keras_private.compiled import drop_compiled_functions
 from keras_srlora.backend.keras_private.compiled import functions_that_read
-from keras_srlora.backend.keras_private.compiled import living_models
+from keras_srlora.backend.keras_private.compiled import kinds_of_functions
 from keras_srlora.backend.keras_private.compiled import trace_anew
+from keras_srlora.backend.keras_private.kernels import stored_kernel
 from keras_srlora.backend.keras_private.nesting import flatten_layers
+from keras_srlora.backend.keras_private.nesting import layers_that_hold
+from keras_srlora.backend.keras_private.nesting import models_that_hold
 from keras_srlora.backend.keras_private.nesting import refresh_torch_parameters
+from keras_srlora.backend.keras_private.nesting import variables_held
 from keras_srlora.backend.keras_private.rebuilding import build_again
 from keras_srlora.backend.keras_private.rebuilding import trains_exactly
+from keras_srlora.backend.living import living
 
 
 class Holders:
@@ -32,12 +40,49 @@ class Holders:
     """
 
     def __init__(self, model, layers):
-        found = living_models(layers)
-        others = [x for x in found if x is not model]
-        self.models = [model, *others]
-        self._functions = functions_that_read(
-            [v for layer in layers for v in layer.variables]
+        self._model, self._changed = model, layers
+        self._look()
+
+    def _look(self):
+        everything, *functions = living(
+            keras.layers.Layer, *kinds_of_functions()
         )
+        found = models_that_hold(self._changed, everything)
+        others = [x for x in found if x is not self._model]
+        self.models = [self._model, *others]
+        self._functions = functions_that_read(
+            [v for layer in self._changed for v in layer.variables],
+            [function for kind in functions for function in kind],
+        )
+        kernels = {id(stored_kernel(x)): x for x in self._changed}
+        self._shared = [
+            (kernels[id(variable)], layer, variable)
+            for layer in layers_that_hold(kernels, everything)
+            for variable in variables_held(layer)
+            if kernels.get(id(variable), layer) is not layer
+        ]
+
+    def refuse_shared_kernels(self):
+        """Raises where another layer holds the kernel variable of a layer.
+
+        It would read the frozen kernel alone, and a kernel that it writes is
+        not the one that was decomposed. It may be a part of another model.
+        """
+        if self._shared:
+            # What only garbage holds is no holder.
+            self.models = self._functions = self._shared = []
+            gc.collect()
+            self._look()
+        for target, layer, variable in self._shared:
+            raise ValueError(
+                f"Layers {target.path!r} and {layer.path!r} "
+                f"({type(layer).__name__}) hold the same kernel variable; "
+                "an SRLoRA layer must be the only one that does, in other "
+                f"models, too. Name {target.path!r} in "
+                "`exclude_layer_names`, or let the other layer read "
+                "`layer.kernel` when it is called. "
+                f"Received: the variable {variable.path!r}"
+            )
 
     def containers(self):
         """The models, and all layers inside of them, each once."""

@@ -5,7 +5,6 @@ import keras
 from keras_srlora.conversion.containers import restore_plain_classes
 from keras_srlora.conversion.freezing import release
 from keras_srlora.conversion.holders import Holders
-from keras_srlora.conversion.targets import refuse_shared_kernels
 from keras_srlora.layers import pairs
 from keras_srlora.layers.factors import remove_factors
 from keras_srlora.layers.find import srlora_layers
@@ -51,8 +50,8 @@ def merge_srlora(model: keras.Model) -> list:
             check_initializable(layer)
     check_switched_on(layers)
     check_finite_update(layers)
-    refuse_shared_kernels(layers)
     holders = Holders(model, layers)
+    holders.refuse_shared_kernels()
     for layer in layers:
         layer.frozen.merge(layer, pairs.effective_matrix(layer))
     make_plain(holders, layers)

@@ -5,12 +5,9 @@ import re
 
 import keras
 
-from keras_srlora.backend.keras_private.compiled import living_holders
 from keras_srlora.backend.keras_private.graph import read_graph
-from keras_srlora.backend.keras_private.kernels import stored_kernel
 from keras_srlora.backend.keras_private.nesting import flatten_layers
 from keras_srlora.backend.keras_private.nesting import inside
-from keras_srlora.backend.keras_private.nesting import variables_held
 from keras_srlora.conversion.blocks import DEFAULT
 from keras_srlora.conversion.blocks import pretrained_projections
 from keras_srlora.layers.kinds import ADAPTED
@@ -237,25 +234,3 @@ def refuse_converted(layers):
                 "`enable_srlora` (or is an SRLoRA layer). Call "
                 "`keras_srlora.merge_srlora(model)` first to start anew."
             )
-
-
-def refuse_shared_kernels(targets):
-    """Raises where another layer holds the kernel variable of a target.
-
-    It would read the frozen kernel alone, and a kernel that it writes is not
-    the one that was decomposed. It may be a part of another model.
-    """
-    kernels = {id(stored_kernel(x)): x for x in targets}
-    for layer in living_holders(kernels):
-        for variable in variables_held(layer):
-            target = kernels.get(id(variable), layer)
-            if target is not layer:
-                raise ValueError(
-                    f"Layers {target.path!r} and {layer.path!r} "
-                    f"({type(layer).__name__}) hold the same kernel variable; "
-                    "an SRLoRA layer must be the only one that does, in other "
-                    f"models, too. Name {target.path!r} in "
-                    "`exclude_layer_names`, or let the other layer read "
-                    "`layer.kernel` when it is called. "
-                    f"Received: the variable {variable.path!r}"
-                )

@@ -4,7 +4,6 @@ import keras
 
 from keras_srlora.conversion.holders import Holders
 from keras_srlora.conversion.merge import make_plain
-from keras_srlora.conversion.targets import refuse_shared_kernels
 from keras_srlora.layers import pairs
 from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
@@ -42,8 +41,8 @@ def unload_srlora(model: keras.Model) -> list:
     require_records(layers)
     for layer in layers:
         check_finite_kernel(pairs.pretrained_matrix(layer), layer.path)
-    refuse_shared_kernels(layers)
     holders = Holders(model, layers)
+    holders.refuse_shared_kernels()
     for layer in layers:
         layer.frozen.unload(layer, pairs.pretrained_matrix(layer))
     make_plain(holders, layers)

@@ -7,10 +7,10 @@ Where one of these fails after an update of Keras or TensorFlow,
 import keras
 import numpy as np
 import pytest
+from support import functions_reading
+from support import models_holding
 
 from keras_srlora.backend.keras_private.compiled import drop_compiled_functions
-from keras_srlora.backend.keras_private.compiled import functions_that_read
-from keras_srlora.backend.keras_private.compiled import living_models
 from keras_srlora.backend.keras_private.compiled import trace_anew
 
 tensorflow_only = pytest.mark.skipif(
@@ -30,7 +30,7 @@ def test_all_living_models_that_hold_a_layer_are_found(layer):
     inputs = keras.Input((4,))
     second = keras.Model(inputs, first(inputs))
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    found = living_models([layer])
+    found = models_holding([layer])
     assert {id(first), id(second)} <= set(map(id, found))
     assert id(other) not in set(map(id, found))
 
@@ -47,7 +47,7 @@ def test_a_model_without_its_beginning_is_passed_over(layer):
         Broken()
     assert Broken.kept
     model = keras.Sequential([keras.Input((4,)), layer])
-    assert id(model) in set(map(id, living_models([layer])))
+    assert id(model) in set(map(id, models_holding([layer])))
 
 
 def test_every_function_that_a_model_makes_is_dropped(layer):
@@ -97,7 +97,7 @@ def test_a_function_that_reads_a_variable_traces_anew(layer):
         function(x)
         function(x)
     assert traced == ["inner", "other"]
-    found = functions_that_read([layer.kernel])
+    found = functions_reading([layer.kernel])
     assert {id(outer), id(inner)} <= set(map(id, found))
     assert id(other) not in set(map(id, found))
     for function in found:
@@ -122,7 +122,7 @@ def test_a_function_that_made_variables_keeps_them(layer):
 
     module, x = Module(), np.ones((2, 4), "float32")
     before, made = module(x), module.made
-    for function in functions_that_read([layer.kernel]):
+    for function in functions_reading([layer.kernel]):
         trace_anew(function)
     np.testing.assert_array_equal(module(x), before)
     assert module.made is made
@@ -130,4 +130,4 @@ def test_a_function_that_made_variables_keeps_them(layer):
 
 def test_nothing_is_found_on_other_backends(layer):
     if keras.backend.backend() != "tensorflow":
-        assert functions_that_read(layer.variables) == []
+        assert functions_reading(layer.variables) == []

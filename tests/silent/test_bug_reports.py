@@ -23,10 +23,10 @@ from pieces import nudge
 from pieces import pooled
 from pieces import predicted
 from pieces import tuned_encoder
+from support import functions_reading
 from support import to_numpy
 
 import keras_srlora
-from keras_srlora.backend.keras_private.compiled import functions_that_read
 
 BACKEND = keras.backend.backend()
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="a function of JAX")
@@ -124,7 +124,7 @@ def test_a_jitted_method_of_a_model_follows_a_change(name, rng):
     import jax
 
     function = jax.jit(getattr(tuned_encoder(), name))
-    found = functions_that_read([])
+    found = functions_reading([])
     assert any(x is function for x in found)
 
 
@@ -133,7 +133,7 @@ def test_functions_of_libraries_are_left_alone(rng):
     import jax.numpy as jnp
 
     jnp.linalg.norm(jnp.ones(3))
-    for function in functions_that_read([]):
+    for function in functions_reading([]):
         module = getattr(function.__wrapped__, "__module__", "")
         assert not str(module).startswith(("jax.", "keras."))
 

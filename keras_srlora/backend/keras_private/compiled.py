@@ -8,51 +8,23 @@ models keep are dropped.
 """
 
 import functools
-import gc
 
 import keras
 
 from keras_srlora.backend.keras_private.fit_state import keep_training
-from keras_srlora.backend.keras_private.nesting import inside
-from keras_srlora.backend.keras_private.nesting import variables_held
 
 
-def living_models(layers):
-    """All models of this process that hold one of some layers.
+def kinds_of_functions() -> tuple:
+    """The classes of functions that keep what they traced."""
+    if keras.backend.backend() == "jax":
+        import jax
 
-    Keras does not know which models a layer is a part of: the layer of a
-    functional, a sequential and a subclassed model is the same object in each
-    of them. The garbage collector knows all objects.
-    """
-    wanted = set(map(id, layers))
-    return [
-        model
-        for model in _living(keras.Model)
-        # One whose `__init__` raised has no layers yet.
-        if hasattr(model, "_layers") and inside(model) & wanted
-    ]
+        return (type(jax.jit(len)),)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-
-def living_holders(variables):
-    """All layers of this process that hold one of some variables (ids).
-
-    Whether they are a part of a model or not. What only garbage holds is gone.
-    """
-    found = _holders(variables)
-    if len(found) > len(variables):
-        gc.collect()
-        found = _holders(variables)
-    return found
-
-
-def _holders(variables):
-    return [
-        layer
-        for layer in gc.get_objects()
-        if issubclass(type(layer), keras.layers.Layer)
-        and hasattr(layer, "_non_trainable_variables")
-        and any(id(v) in variables for v in variables_held(layer))
-    ]
+        return (tf.types.experimental.PolymorphicFunction,)
+    return ()
 
 
 def drop_compiled_functions(model):
@@ -69,24 +41,22 @@ def drop_compiled_functions(model):
     keep_training(model, None)
 
 
-def functions_that_read(variables) -> list:
-    """The living functions whose traces read one of some variables.
+def functions_that_read(variables, functions) -> list:
+    """Those of some functions whose traces read one of some variables.
 
-    The user's own functions are among them. Three things are out of reach: a
-    concrete function, an exported model, and the program that
-    `lower().compile()` returns. JAX does not tell which variables a trace
-    reads: on JAX these are all `jax.jit` functions that no library made.
+    Three things are out of reach: a concrete function, an exported model, and
+    the program that `lower().compile()` returns. JAX does not tell which
+    variables a trace reads: on JAX these are all functions that no library
+    made.
     """
     if keras.backend.backend() == "jax":
-        return _jitted_functions()
-    if keras.backend.backend() != "tensorflow":
+        return [x for x in functions if not _is_of_a_library(x)]
+    if not functions:
         return []
-    import tensorflow as tf
-
     wanted = {id(handle) for v in variables for handle in _handles(v)}
     return [
         function
-        for function in _living(tf.types.experimental.PolymorphicFunction)
+        for function in functions
         if any(
             id(captured) in wanted
             for trace in _traces(function)
@@ -103,14 +73,6 @@ def trace_anew(function):
         function._function_cache.clear()
 
 
-def _jitted_functions():
-    import jax
-
-    kind = type(jax.jit(len))
-    found = [x for x in gc.get_objects() if type(x) is kind]
-    return [x for x in found if not _is_of_a_library(x)]
-
-
 def _is_of_a_library(function):
     """Whether a function is one of JAX or Keras, and no method of a layer."""
     while True:
@@ -123,17 +85,6 @@ def _is_of_a_library(function):
         else:
             module = str(getattr(function, "__module__", ""))
             return module.partition(".")[0] in ("jax", "jaxlib", "keras")
-
-
-def _living(cls):
-    """All objects of this process of a class, or of one derived from it.
-
-    A process with TensorFlow has half a million objects of a thousand classes:
-    each class is asked once, whether it is derived.
-    """
-    objects = gc.get_objects()
-    classes = {c for c in set(map(type, objects)) if issubclass(c, cls)}
-    return [x for x in objects if type(x) in classes]
 
 
 def _traces(function):

@@ -64,6 +64,34 @@ def variables_held(layer):
     return layer._trainable_variables + layer._non_trainable_variables
 
 
+def models_that_hold(layers, everything) -> list:
+    """The models, among all layers, that hold one of some layers.
+
+    Keras does not know which models a layer is a part of: the layer of a
+    functional, a sequential and a subclassed model is the same object in each
+    of them.
+    """
+    wanted = set(map(id, layers))
+    return [
+        model
+        for model in everything
+        if isinstance(model, keras.Model)
+        # One whose `__init__` raised has no layers yet.
+        and hasattr(model, "_layers")
+        and inside(model) & wanted
+    ]
+
+
+def layers_that_hold(variables, everything) -> list:
+    """The layers, among all, that hold one of some variables (ids)."""
+    return [
+        layer
+        for layer in everything
+        if hasattr(layer, "_non_trainable_variables")
+        and any(id(v) in variables for v in variables_held(layer))
+    ]
+
+
 @contextlib.contextmanager
 def classes_named_as(names):
     """For a moment, gives classes other names: `{class: name}`.

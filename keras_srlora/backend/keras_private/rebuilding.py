@@ -6,13 +6,13 @@ and arguments of the user's classes, which a config does not hold.
 """
 
 import contextlib
-import gc
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
+from keras_srlora.backend.living import living
 
 
 def trains_exactly(optimizer, variables) -> bool:
@@ -63,11 +63,11 @@ def living_optimizers(variables) -> list:
     Whatever holds them, a model or a loop; what wraps another one is left out.
     """
     wanted = set(map(id, variables))
+    (found,) = living(keras.optimizers.Optimizer)
     return [
         optimizer
-        for optimizer in gc.get_objects()
-        if issubclass(type(optimizer), keras.optimizers.Optimizer)
-        and not hasattr(optimizer, "unwrap")
+        for optimizer in found
+        if not hasattr(optimizer, "unwrap")
         and not hasattr(optimizer, "inner_optimizer")
         and getattr(optimizer, "built", False)
         and not wanted.isdisjoint(map(id, optimizer._trainable_variables))
