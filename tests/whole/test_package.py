@@ -1,7 +1,6 @@
 """The package as a package: what it imports, what it exports, what it uses."""
 
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -47,20 +46,3 @@ def test_everything_public_is_documented():
         if n != "__version__" and f"keras_srlora.{n}" not in text
     ]
     assert not missing
-
-
-@pytest.mark.once
-def test_private_keras_is_used_in_the_modules_named_after_it_only():
-    own = {path.name for path in (ROOT / "backend").glob("keras_*.py")}
-    assert len(own) > 1
-    pattern = re.compile(
-        r"keras\.src|\._(tracker|kernel|flatten_layers|iterations|"
-        r"trainable_variables|inbound_nodes|keras_history|momentums)\b"
-    )
-    found = [
-        (path.name, match.group())
-        for path in sorted(ROOT.rglob("*.py"))
-        if path.name not in own
-        for match in pattern.finditer(path.read_text())
-    ]
-    assert not found
