@@ -9,6 +9,7 @@ import keras
 from keras_srlora.adapters.others import warn_of_trained
 from keras_srlora.layers.find import require_records
 from keras_srlora.layers.find import srlora_layers
+from keras_srlora.layers.switched_off import check_untouched
 from keras_srlora.layers.switched_off import is_switched_off
 from keras_srlora.layers.switched_off import switch_off
 from keras_srlora.layers.switched_off import switch_on
@@ -25,8 +26,9 @@ def adapter_disabled(model: keras.Model):
     names them. Blocks may be nested.
 
     The block is for inference. Training, merging, loading or exporting an
-    adapter inside raises `ValueError`. A file that is saved inside holds the
-    pretrained model.
+    adapter inside raises `ValueError`; where factors were trained or loaded in
+    a way that cannot be refused, at the end of the block. A file that is saved
+    inside holds the pretrained model.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -52,3 +54,4 @@ def adapter_disabled(model: keras.Model):
             switch_off(layer)
             stack.callback(switch_on, layer)
         yield model
+        check_untouched(layers)

@@ -83,13 +83,11 @@ def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
             adapters.layers,
             "go on from the values that they have in the new adapter",
         )
-        for layer in adapters.layers:
-            clear(layer)
-            a = layer.factors[0]
-            a.assign(pairs.a_initializer(layer)(a.shape, dtype=a.dtype))
-        put_moments(adapters.layers, [])
-    else:
-        put_on(model, *checked)
+    with adapters.whole(model, kept):
+        if checked is None:
+            _start_anew(adapters.layers)
+        else:
+            put_on(model, *checked)
     return _make_current(adapters, model, name, kept)
 
 
@@ -124,7 +122,8 @@ def set_adapter(model: keras.Model, name: str) -> str:
     holders = None
     if adapters.changes_scales(adapter):
         holders = Holders(model, adapters.layers)
-    adapters.put_on(adapter)
+    with adapters.whole(model, kept):
+        adapters.put_on(adapter)
     if holders is not None:
         holders.follow()
     del adapters.waiting[name]
@@ -194,15 +193,25 @@ def combine_adapters(
         combined(layer, *_of_layer(layer, known, weights))
         for layer in adapters.layers
     ]
-    for layer, of_layer in zip(adapters.layers, sums):
-        if of_layer is None:
-            clear(layer)
-        else:
-            a, b, record = of_layer
-            arguments = {x: getattr(layer, x) for x in ARGUMENTS}
-            pairs.restore_adapter(layer, a, b, arguments, record)
-    put_moments(adapters.layers, [])
+    with adapters.whole(model, kept):
+        for layer, of_layer in zip(adapters.layers, sums):
+            if of_layer is None:
+                clear(layer)
+            else:
+                a, b, record = of_layer
+                arguments = {x: getattr(layer, x) for x in ARGUMENTS}
+                pairs.restore_adapter(layer, a, b, arguments, record)
+        put_moments(adapters.layers, [])
     return _make_current(adapters, model, name, kept)
+
+
+def _start_anew(layers):
+    """Makes the adapter of some layers a fresh one."""
+    for layer in layers:
+        clear(layer)
+        a = layer.factors[0]
+        a.assign(pairs.a_initializer(layer)(a.shape, dtype=a.dtype))
+    put_moments(layers, [])
 
 
 def _of_layer(layer, known, weights):

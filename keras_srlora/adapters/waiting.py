@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import NamedTuple
 
@@ -144,6 +145,23 @@ class Adapters:
         for variable, value in adapter.variables:
             variable.assign(value)
         put_moments(self.layers, adapter.moments)
+
+    @contextlib.contextmanager
+    def whole(self, model, kept):
+        """Puts the kept adapter back where the next one is put on half.
+
+        A device may run out of memory, a user interrupt.
+        """
+        try:
+            yield
+        except BaseException:
+            self.put_on(kept)
+            known = set(map(id, self.layers))
+            for layer in srlora_layers(model):
+                # Those that a file has converted.
+                if id(layer) not in known:
+                    clear(layer)
+            raise
 
     def attach(self, model) -> None:
         """Lets all SRLoRA layers of a model take part."""

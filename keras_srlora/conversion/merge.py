@@ -54,6 +54,7 @@ def merge_srlora(model: keras.Model) -> list:
     holders.refuse_shared_kernels()
     for layer in layers:
         layer.frozen.merge(layer, pairs.effective_matrix(layer))
+        pairs.forget_update(layer)
     make_plain(holders, layers)
     return layers
 

@@ -45,5 +45,6 @@ def unload_srlora(model: keras.Model) -> list:
     holders.refuse_shared_kernels()
     for layer in layers:
         layer.frozen.unload(layer, pairs.pretrained_matrix(layer))
+        pairs.forget_update(layer)
     make_plain(holders, layers)
     return layers

@@ -308,6 +308,17 @@ def restore_adapter(layer, a, b, arguments, record):
         factor.assign(value)
 
 
+def forget_update(layer):
+    """Drops factors and record of a layer whose kernel has its final value.
+
+    Whoever breaks off then, between two layers, adds nothing twice.
+    """
+    layer.frozen.remainder = None
+    layer.record = Record()
+    b = layer.factors[1]
+    b.assign(ops.zeros(b.shape, dtype=b.dtype))
+
+
 def _is_nothing(rows):
     """Whether nothing went into a kernel, which then stays as it is."""
     return len(rows[0]) == 0

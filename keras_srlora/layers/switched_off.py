@@ -52,18 +52,28 @@ def check_switched_on(layers):
         )
 
 
+def check_untouched(layers):
+    """Raises `ValueError` where a layer changed since it was switched off."""
+    found = [layer.path for layer in layers if _NOW[id(layer)].is_touched()]
+    if found:
+        raise ValueError(
+            "Inside of `adapter_disabled` the SRLoRA layers were trained, or "
+            "given other weights, and their factors are what they were before "
+            "the block again: what came inside of it is gone. Train and load "
+            "outside of it; for a pretrained model that can be trained, call "
+            "`keras_srlora.unload_srlora(model)`. Received: "
+            f"{len(found)} layers that changed, such as {found[0]!r}"
+        )
+
+
 class _SwitchedOff:
     """The state of a layer, to be given back."""
 
     def __init__(self, layer):
         self.count = 0
         self._layer = layer
-        variables = (*layer.frozen.variables, *layer.factors)
         # On the host: no second copy of the kernels on an accelerator.
-        self._values = [
-            (v, np.array(devices.to_numpy(ops.convert_to_tensor(v))))
-            for v in variables
-        ]
+        self._values = _on_host((*layer.frozen.variables, *layer.factors))
         self._frozen = layer.frozen.to_arrays()
         self._record = layer.record
         self._companions = layer.companions
@@ -73,6 +83,15 @@ class _SwitchedOff:
             self.restore()
             raise
         layer.companions = Companions()
+        self._off = _on_host(layer.factors)
+
+    def is_touched(self):
+        """Whether a factor has another value than when it was switched off."""
+        now = _on_host(variable for variable, _ in self._off)
+        return any(
+            not np.array_equal(value, off)
+            for (_, value), (_, off) in zip(now, self._off)
+        )
 
     def restore(self):
         for variable, value in self._values:
@@ -80,3 +99,11 @@ class _SwitchedOff:
         self._layer.frozen.from_arrays(self._frozen)
         self._layer.record = self._record
         self._layer.companions = self._companions
+
+
+def _on_host(variables):
+    """`[(variable, copy of its value)]`."""
+    return [
+        (v, np.array(devices.to_numpy(ops.convert_to_tensor(v))))
+        for v in variables
+    ]
