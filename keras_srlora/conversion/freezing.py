@@ -14,6 +14,7 @@ from keras_srlora.backend.keras_private.pinned import has_pins
 from keras_srlora.backend.keras_private.pinned import hold
 from keras_srlora.backend.keras_private.pinned import is_held
 from keras_srlora.backend.keras_private.pinned import layers_directly_inside
+from keras_srlora.backend.keras_private.pinned import open_around
 from keras_srlora.backend.keras_private.pinned import own_variables
 from keras_srlora.backend.keras_private.pinned import pin
 from keras_srlora.backend.keras_private.pinned import pinned_variables
@@ -243,7 +244,7 @@ def _open(layer, learning):
     for part in layers_directly_inside(layer):
         if not inside(part) & learning:
             set_trainable(part, False)
-    set_own_trainable(layer, True)
+    open_around(layer)
 
 
 def _holding(layers, variables):

@@ -274,6 +274,24 @@ def with_head(inner):
     return keras.Model(inputs, dense("head")(inner(inputs)))
 
 
+@pytest.mark.parametrize("back", ["merge_srlora", "unload_srlora"])
+def test_the_head_first_then_factors_then_everything(back, rng):
+    """What was frozen before is thawed at once, on TensorFlow, too."""
+    model = blocks(lambda x: dense("head")(pooled(x)), count=1)
+    everything = paths(model.trainable_variables)
+    for layer in model.layers[:-1]:
+        layer.trainable = False
+    model.compile("adam", "mse")
+    x, y = ids(rng, 8), batch(rng, 8, model.output_shape[-1])
+    model.fit(x, y, verbose=0)
+    enable_srlora(model, 2)
+    assert others(model) == ["head/bias", "head/kernel"]
+    getattr(keras_srlora, back)(model)
+    for layer in model.layers:
+        layer.trainable = True
+    assert paths(model.trainable_variables) == everything
+
+
 @pytest.mark.parametrize("target", ["backbone", "outer"])
 @pytest.mark.parametrize("freeze", FREEZES)
 def test_factors_are_trainable_whatever_was_frozen_before(freeze, target, rng):

@@ -86,7 +86,8 @@ def trainable_before(layer):
 
 def unpin(layer):
     """Undoes `pin` and `hold`; variables stay frozen until they are thawed."""
-    vars(layer).pop(HOOK, None)
+    if is_held(layer):
+        del vars(layer)[HOOK]
     if not has_pins(layer):
         return
     own, pinned = own_variables(layer), _ids(pinned_variables(layer))
@@ -107,7 +108,17 @@ def hold(layer):
 
 def is_held(layer):
     """Whether `hold` was called for a layer, and `unpin` was not."""
-    return HOOK in vars(layer)
+    return isinstance(vars(layer).get(HOOK), _StaysFrozen)
+
+
+def open_around(layer):
+    """Makes a frozen layer trainable, and nothing that is inside of it.
+
+    TensorFlow does nothing in `layer.trainable = True` where the layer has
+    that very object already. Here it thaws what is inside all the same.
+    """
+    set_own_trainable(layer, True)
+    vars(layer)[HOOK] = _ThawsInside(layer)
 
 
 HOOK = "_setattr_hook"
@@ -124,6 +135,18 @@ class _StaysFrozen:
             if value and _sets_one_layer():
                 _warn_of_held(self._layer)
             value = False
+        return type(self._layer)._setattr_hook(self._layer, name, value)
+
+
+class _ThawsInside:
+    """Likewise; another object than `True`, which means the same."""
+
+    def __init__(self, layer):
+        self._layer = layer
+
+    def __call__(self, name, value):
+        if name == "trainable" and value is True:
+            value = 1
         return type(self._layer)._setattr_hook(self._layer, name, value)
 
 
