@@ -15,6 +15,7 @@ from keras_srlora.layers.finite import check_finite_factors
 from keras_srlora.layers.matching import check_record
 from keras_srlora.layers.matching import find_record
 from keras_srlora.layers.matching import take_back_record
+from keras_srlora.layers.matching import warn_of_trained_factors
 from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.layers.switched_off import check_switched_on
@@ -137,6 +138,7 @@ def decompose_kernels(layers, recipe=None, file=None, verbose="auto"):
         file: an open `DirectionsFile`, or `None`.
         verbose: as in `enable_srlora`.
     """
+    warn_of_trained_factors(layers)
     progress = Progress(len(layers), verbose)
     for done, layer in enumerate(layers, 1):
         pairs.start_pairs(layer, recipe or layer.recipe, file)

@@ -1,5 +1,7 @@
 """Whether a record belongs to the weights of its layer."""
 
+import warnings
+
 import numpy as np
 from keras import ops
 
@@ -59,7 +61,7 @@ def check_record(layer):
     It may be the pretrained one, or one that directions were subtracted from
     and pairs fused into.
     """
-    if layer.initialized or not pairs.factors_to_numpy(layer)[1].any():
+    if not _is_trained_without(layer):
         return
     raise ValueError(
         f"Layer {layer.path!r} has trained factors and no record of its "
@@ -71,6 +73,33 @@ def check_record(layer):
         "`keras_srlora.initialize_factors(model)`. Received: "
         f"layer.initialized={layer.initialized}"
     )
+
+
+def warn_of_trained_factors(layers):
+    """Warns where such layers are decomposed: the update goes into the kernel.
+
+    The sum counts as the pretrained kernel from then on.
+    """
+    found = [layer.path for layer in layers if _is_trained_without(layer)]
+    if found:
+        warnings.warn(
+            f"{len(found)} SRLoRA layers have trained factors and no record of "
+            f"their pretrained kernel: {found[:3]}. Kernel and update together "
+            "count as the pretrained kernel from now on, for "
+            "`adapter_disabled`, `unload_srlora`, `save_adapter` and the "
+            "exports. Where the weights came by `clone_model` and "
+            "`set_weights`, copy the model with `copy.deepcopy`, `model.save` "
+            "or `save_weights` instead, which bring the record; before a first "
+            "training, call `keras_srlora.initialize_factors(model)`.",
+            stacklevel=4,
+        )
+
+
+def _is_trained_without(layer):
+    """Whether a layer has trained factors and no record."""
+    if layer.initialized:
+        return False
+    return bool(pairs.factors_to_numpy(layer)[1].any())
 
 
 def take_back_record(layer, count):

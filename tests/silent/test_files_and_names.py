@@ -604,6 +604,23 @@ def test_weights_without_their_record_can_be_merged(way, rng):
     assert_close(called(other, x), expected)
 
 
+@pytest.mark.parametrize("how", ["fit", "initialize_factors"])
+def test_weights_without_their_record_that_are_decomposed_are_told(how, rng):
+    """Their update goes into the kernel, which counts as pretrained then."""
+    model, clone = cloned()
+    x = batch(rng)
+    with pytest.warns(UserWarning, match="trained factors and no record"):
+        if how == "initialize_factors":
+            keras_srlora.initialize_factors(clone)
+        else:
+            clone.compile(keras.optimizers.SGD(0.0), "mse")
+            callback = keras_srlora.RecompositionCallback(interval=9)
+            clone.fit(x, x, epochs=10, verbose=0, callbacks=[callback])
+    assert_close(called(clone, x), called(model, x))
+    with keras_srlora.adapter_disabled(clone):
+        assert_close(called(clone, x), called(model, x))
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_has_the_record(way, rng, tmp_path):
     model, x = tuned_encoder(), batch(rng)
