@@ -164,6 +164,7 @@ def export_peft(
         ImportError: if safetensors is not installed.
     """
     rank = _check_rank(rank)
+    _check_modules(modules)
     layers = srlora_layers(model)
     require_records(layers)
     check_finite_update(layers)
@@ -246,6 +247,16 @@ MODULES = {
     _VIT + "mlp/dense_1": ("layers.{}.mlp.fc1", 1),
     _VIT + "mlp/dense_2": ("layers.{}.mlp.fc2", 1),
 }
+
+
+def _check_modules(modules):
+    names = modules or {}
+    texts = isinstance(names, dict) and [*names, *names.values()]
+    if texts is False or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            "`modules` must be a dict from paths of layers to names of "
+            f"modules, both strings. Received: modules={modules!r}"
+        )
 
 
 def _module_name(path, modules):

@@ -13,6 +13,7 @@ def written_whole(filepath):
     Whatever goes wrong before that leaves the old file as it was.
     """
     path = pathlib.Path(filepath)
+    refuse_folder(path)
     handle, unfinished = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name}.", suffix=".unfinished"
     )
@@ -29,3 +30,11 @@ def written_whole(filepath):
     except BaseException:
         os.unlink(unfinished)
         raise
+
+
+def refuse_folder(path):
+    """Raises `IsADirectoryError` where a path is that of a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{str(path)!r} is a folder: pass the path of a file in it."
+        )

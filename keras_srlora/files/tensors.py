@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_srlora.files.atomic import refuse_folder
 from keras_srlora.files.atomic import written_whole
 
 
@@ -118,6 +119,7 @@ def opened(path, kind):
     """
     safetensors = import_safetensors()
     path = pathlib.Path(path)
+    refuse_folder(path)
     with contextlib.ExitStack() as stack:
         with _damaged(path, kind):
             file = stack.enter_context(

@@ -266,7 +266,8 @@ def _recompose_layer(layer, path, recipe, scores, step):
             layer,
             step,
             "all its scores are zero: no gradient reached it since the last "
-            "recomposition",
+            "recomposition, or it was trained for a single step, which began "
+            "with a factor of zeros",
         )
         return None
     count = min(

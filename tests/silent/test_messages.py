@@ -253,3 +253,46 @@ def test_an_argument_that_makes_no_sense_is_named(arguments):
     assert_unchanged(model, before)
     with collected_warnings():
         convert(model)
+
+
+@pytest.mark.parametrize("function", ["save_adapter", "load_adapter", "add"])
+def test_a_folder_in_place_of_a_file_is_named(function, tmp_path):
+    """Not "No such device", nor the name of a file that nobody knows."""
+    model = tuned_encoder()
+    before = state_of(model)
+    with pytest.raises(
+        IsADirectoryError, match=f"{tmp_path.name}' is a folder"
+    ):
+        if function == "add":
+            keras_srlora.add_adapter(model, "b", tmp_path)
+        else:
+            getattr(keras_srlora, function)(model, tmp_path)
+    assert_unchanged(model, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directions_in_a_folder_are_named(tmp_path):
+    model = encoder()
+    before = state_of(model)
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        convert(model, directions=tmp_path)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("modules", [{"first": 5}, {1: "a"}, ["first"], "a"])
+def test_modules_that_are_no_names_are_named(modules, tmp_path):
+    with pytest.raises(ValueError, match="`modules` must be a dict"):
+        keras_srlora.export_peft(tuned_encoder(), tmp_path, modules=modules)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_a_single_step_are_explained(rng):
+    """A gradient reached the layer, whose second factor was zero before."""
+    model = encoder()
+    convert(model, recipe="lora_restarts")
+    model.compile("adam", "mse")
+    x = rng.standard_normal((32, WIDTH)).astype("float32")
+    callback = keras_srlora.RecompositionCallback(interval=1)
+    with collected_warnings() as messages:
+        model.fit(x, x, batch_size=8, verbose=0, callbacks=[callback])
+    assert any("a single step" in text for text in messages)
