@@ -43,11 +43,9 @@ class RecompositionCallback(keras.callbacks.Callback):
         interval: int or `None`. Steps between two recompositions, in place of
             the recipe's gate and schedule. Defaults to `None`: the recipe's.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
-            recomposition fuses, at least one pair. Defaults to `None`: that of
-            the recipe.
+            recomposition fuses, at least one. Defaults to `None`: the recipe's.
         recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
-            layers. Another start of the pairs is possible only before they are
-            trained.
+            layers. Another start of pairs only before they are trained.
         verbose: 0 or 1. With 1, prints a line for each recomposition. Defaults
             to `0`.
 
@@ -64,7 +62,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         ValueError: when `fit` starts, before anything changes, if there is no
             SRLoRA layer, a layer is not built or is frozen, a kernel is not
             finite, the optimizer is not supported or was built for other
-            variables, or the callback is in use by another model's run.
+            variables, or a callback follows two runs, or two one run.
         RuntimeError: if the model's optimizer is replaced during the run, or
             the processes of a distributed run start from different weights or
             score different gradients.
@@ -171,6 +169,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             wrapping.unwrap_optimizer(self._model)
 
     def on_train_begin(self, logs=None) -> None:
+        wrapping.check_first(self._model, self.params)
         if not self._prepared:
             # In a loop with a `CallbackList`, or with a `History` used before.
             self._prepare()

@@ -58,6 +58,26 @@ def unwrap_optimizer(model):
     put_in_place(model, outer, inner)
 
 
+def check_first(model, of_fit):
+    """Raises `ValueError` if a `fit` has begun a run with this model already.
+
+    Args:
+        model: the model, which has its own optimizer back then.
+        of_fit: the dict that Keras gives to all callbacks of one `fit`.
+    """
+    kept = get_kept_training(model)
+    if kept is None or not of_fit:
+        return
+    before, kept.of_fit = kept.of_fit, of_fit
+    if before is of_fit:
+        unwrap_optimizer(model)
+        raise ValueError(
+            "`fit` was given more than one `RecompositionCallback`, or one of "
+            "them twice, and each would recompose the same pairs. Pass a "
+            f"single one. Received: a run of model {model.name!r}"
+        )
+
+
 def predictions_per_step(model, steps):
     """As `PredictionCounter.per_step`, of a model that `fit` trains."""
     return get_kept_training(model).counter.per_step(model, steps)
@@ -84,7 +104,8 @@ def check_wrapped(model, outer, wrapper):
     put_in_place(model, outer, wrapper)
     raise RuntimeError(
         "The optimizer of the model was replaced during the run, so that its "
-        "pairs are no longer scored. Compile before `fit`, not in a callback. "
+        "pairs are no longer scored. Compile before `fit`, and neither compile "
+        "nor `fit` the model in a callback. "
         f"Received: model.optimizer={optimizer!r}"
     )
 
@@ -131,6 +152,7 @@ class _Kept:
         self._compiled = compile_config(model)
         self._train_function = None
         self._entered = False
+        self.of_fit: dict | None = None
 
     def serves(self, model, outer, inner, layers, beta1, beta2):
         """Whether a run with these can use the compiled function."""
@@ -157,6 +179,7 @@ class _Kept:
 
     def leave(self, model):
         """The inverse of `enter`; of the optimizer, unless `compile` came."""
+        self.of_fit = None
         self.counter.stop_watching(model)
         if self._entered and is_wrapped_by(model, self.wrapper):
             put_in_place(model, self.outer, self.wrapper.unwrap())

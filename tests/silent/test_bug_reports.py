@@ -236,6 +236,69 @@ def test_one_callback_follows_two_models_by_turns(rng):
         assert callback.recomposer.layers[0] in model.layers
 
 
+def own_fit(model, callbacks):
+    x = batch(np.random.default_rng(0), 32)
+    model.fit(x, x, batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
+
+
+class AtEpochBegin(AtEpochEnd):
+    def on_epoch_begin(self, epoch, logs=None):
+        self.function(self.model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        pass
+
+
+def ready(seed=7):
+    model = tuned_encoder("lora_restarts", seed=seed)
+    model.compile("adam", "mse")
+    return model
+
+
+def test_one_callback_in_two_fits_at_once_is_told(rng):
+    """A `fit` inside of another one; each goes on with one of its own."""
+    outer, inner, x = ready(), ready(8), batch(rng)
+    callback = keras_srlora.RecompositionCallback(interval=2)
+    nested = AtEpochBegin(lambda _: own_fit(inner, [callback]))
+    before = factors(inner)
+    with pytest.raises(ValueError, match="has not ended"):
+        own_fit(outer, [callback, nested])
+    assert_close(factors(inner), before)
+    own_callback = keras_srlora.RecompositionCallback(interval=2)
+    nested = AtEpochBegin(lambda _: own_fit(inner, [own_callback]))
+    callback = keras_srlora.RecompositionCallback(interval=2)
+    own_fit(outer, [callback, nested])
+    for model, of_model in ((outer, callback), (inner, own_callback)):
+        assert of_model.events
+        assert isinstance(model.optimizer, keras.optimizers.Adam)
+        assert not hasattr(model.optimizer, "sensitivity")
+        assert_close(predicted(model, x), called(model, x))
+
+
+def test_a_model_that_is_fitted_within_its_own_fit_is_told():
+    model = ready()
+    callback = keras_srlora.RecompositionCallback(interval=2)
+    nested = AtEpochBegin(lambda model: own_fit(model, [callback]))
+    with pytest.raises(RuntimeError, match="nor `fit`"):
+        own_fit(model, [callback, nested])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_callbacks_in_one_fit_are_told(same, rng):
+    """They would fuse the same pairs by turns, with the scores of no step."""
+    model = ready()
+    first = keras_srlora.RecompositionCallback(interval=2)
+    second = keras_srlora.RecompositionCallback(interval=2)
+    before = factors(model)
+    with pytest.raises(ValueError, match="a single one"):
+        own_fit(model, [first, first if same else second])
+    assert_close(factors(model), before)
+    assert not hasattr(model.optimizer, "sensitivity")
+    for callback in (first, second, first):
+        own_fit(model, [callback])
+        assert callback.events
+
+
 # How `fit` is called.
 
 

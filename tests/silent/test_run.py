@@ -551,3 +551,49 @@ def test_what_is_no_positive_integer_is_still_refused(value):
         keras_srlora.enable_srlora(model, value, target_layer_names=["first"])
     with collected_warnings():
         convert(model)
+
+
+# Half precision, weights included.
+
+
+@pytest.mark.parametrize("recipe", ["paper", "lora_restarts"])
+def test_a_run_in_float16_is_right(recipe, rng):
+    """Finite, as good as in float32, and itself after switching and merging."""
+    x, y = batch(rng, 64), batch(rng, 64) / 2
+    weights, losses = encoder().get_weights(), {}
+    for dtype in ("float32", "float16"):
+        inputs = keras.Input((WIDTH,), dtype=dtype)
+        hidden = keras.layers.Dense(WIDTH, "tanh", name="first", dtype=dtype)
+        outer = keras.layers.Dense(WIDTH, name="second", dtype=dtype)
+        model = keras.Model(inputs, outer(hidden(inputs)))
+        # An initializer draws other numbers in float16.
+        model.set_weights(weights)
+        data = x.astype(dtype), y.astype(dtype)
+        pretrained = called(model, data[0])
+        convert(model, recipe)
+        assert_close(called(model, data[0]), pretrained, 5e-3)
+        model.compile(keras.optimizers.SGD(0.2), "mse")
+        callback = RecompositionCallback(interval=3)
+        with collected_warnings():
+            history = model.fit(
+                *data,
+                batch_size=8,
+                epochs=4,
+                shuffle=False,
+                verbose=0,
+                callbacks=[callback],
+            )
+        losses[dtype] = history.history["loss"]
+        assert callback.events
+    # LoRA's pairs start with other random numbers in float16.
+    tolerance = 0.03 if recipe == "paper" else 0.1
+    np.testing.assert_allclose(
+        losses["float16"], losses["float32"], rtol=tolerance
+    )
+    tuned = called(model, data[0])
+    assert tuned.dtype == "float16"
+    with keras_srlora.adapter_disabled(model):
+        assert_close(called(model, data[0]), pretrained, 5e-3)
+    np.testing.assert_array_equal(called(model, data[0]), tuned)
+    keras_srlora.merge_srlora(model)
+    assert_close(called(model, data[0]), tuned, 5e-3)

@@ -610,6 +610,52 @@ def test_generate_follows_an_adapter_that_is_switched_off(used):
     np.testing.assert_array_equal(generated(task), tuned)
 
 
+class Generates(keras.callbacks.Callback):
+    """Texts of a model that is trained: by `generate`, and compiled anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        with keras_srlora.adapter_disabled(self.model):
+            generated(self.model)
+        text = generated(self.model)
+        self.texts.append((text, generated_anew(self.model)))
+
+
+def test_generate_in_a_callback_follows_the_run_and_changes_it_not(rng):
+    tokens = rng.integers(0, 40, (8, 10))
+    x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    trained = []
+    for callbacks in ([], [Generates()]):
+        task = language_model()
+        keras.utils.set_random_seed(5)
+        with collected_warnings():
+            keras_srlora.enable_srlora(task, 2, recipe="lora_restarts")
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        task.compile(keras.optimizers.Adam(0.1), loss, sampler="greedy")
+        callback = keras_srlora.RecompositionCallback(interval=2)
+        with collected_warnings():
+            task.fit(
+                x,
+                tokens,
+                batch_size=2,
+                epochs=3,
+                shuffle=False,
+                verbose=0,
+                callbacks=[callback, *callbacks],
+            )
+        assert callback.events
+        trained.append([to_numpy(v) for v in task.trainable_variables])
+    texts = callbacks[0].texts
+    for text, anew in texts:
+        np.testing.assert_array_equal(text, anew)
+    assert not np.array_equal(texts[0][0], texts[-1][0])
+    assert_close(*trained)
+    np.testing.assert_array_equal(generated(task), generated_anew(task))
+
+
 def test_generate_follows_a_change_of_a_second_task_on_the_backbone():
     hub = pytest.importorskip("keras_hub")
     task = language_model()
