@@ -460,6 +460,17 @@ def test_callbacks_record_twins_under_different_names(rng):
 # Presets.
 
 
+def saves_without_preprocessor(hub, folder):
+    """Older releases of KerasHub save no task without one."""
+    plain = tiny_bert(num_layers=1, dropout=0.0)
+    task = hub.models.BertTextClassifier(backbone=plain, num_classes=3)
+    try:
+        task.save_to_preset(str(folder))
+    except AttributeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("part", ["backbone", "task", "backbone_of_task"])
 def test_a_converted_model_writes_no_preset(part, rng, tmp_path):
     hub = pytest.importorskip("keras_hub")
@@ -475,6 +486,10 @@ def test_a_converted_model_writes_no_preset(part, rng, tmp_path):
         model.save_to_preset(str(folder))
     assert "save_adapter" in str(caught.value)
     assert not folder.exists() or list(folder.iterdir()) == []
+    if part == "task" and not saves_without_preprocessor(
+        hub, tmp_path / "plain"
+    ):
+        return
     # Afterwards it works, and stock KerasHub reads it.
     expected = bert_outputs(bert)
     with collected_warnings():
@@ -495,6 +510,8 @@ def test_a_task_around_a_converted_backbone_writes_no_preset(tmp_path):
     assert list(folder.iterdir()) == []
     # Its own file is another matter.
     task.save(tmp_path / "task.keras")
+    if not saves_without_preprocessor(hub, tmp_path / "plain"):
+        return
     keras_srlora.merge_srlora(task)
     task.save_to_preset(str(folder))
     loaded = hub.models.BertTextClassifier.from_preset(str(folder))

@@ -105,8 +105,8 @@ def test_where_there_is_nothing_to_read_a_warning_names_the_way_out(rng):
         callback = RecompositionCallback()
         with collected_warnings() as messages:
             model.fit(x, x, batch_size=size, verbose=0, callbacks=[callback])
-        (message,) = messages
-        assert "interval" in message and "recipe" in message
+        (message,) = [x for x in messages if "interval" in x]
+        assert "recipe" in message
         assert callback.events == []
 
 
