@@ -39,7 +39,10 @@ def run_rows(runs):
             "trainable parameters": f"{run.parameters:,}",
             "learning rate": f"{run.learning_rate:g}",
             "final training loss": f"{run.final_loss:.4f}",
-            **{name: f"{score:.4f}" for name, score in run.scores.items()},
+            **{
+                f"validation {name}": f"{score:.4f}"
+                for name, score in run.scores.items()
+            },
             "recompositions": run.recompositions,
             "seconds": f"{run.seconds:.0f}",
         }
@@ -51,8 +54,8 @@ def show(runs):
     """Prints the table, and what its columns mean."""
     print(f"\n{table(run_rows(runs))}\n")
     print(
-        "final training loss: mean of the last tenth of the steps; seconds: of "
-        "`fit`, compiling included",
+        "final training loss: mean over the last tenth of the steps; seconds: "
+        "time of `fit` with compilation",
         flush=True,
     )
 
