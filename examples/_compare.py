@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
-# TensorFlow reads the data on every backend. Without a GPU it logs errors.
+# TensorFlow reads the data on every backend. Without a GPU it logs an error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras

@@ -61,7 +61,7 @@ def pretrained_model():
 
 
 def adapt(model, recomposer, train, steps):
-    """Gives a loop the digits 5 to 9; accuracy before it and after it."""
+    """Trains with a loop on the digits 5 to 9; prints accuracies."""
     (x, y), validation = load(range(5, 10))
     before = accuracy(model, *validation)
     train(model, recomposer, shuffled_batches(x, y, steps))
@@ -86,7 +86,7 @@ def parse_arguments(description):
 
 
 def print_loss(step, steps, losses):
-    """Now and then, the mean over the steps since the last time."""
+    """Prints the mean loss since the last line, ten times a run."""
     every = max(1, steps // 10)
     if step % every == 0:
         loss = np.mean([float(loss) for loss in losses[-every:]])
@@ -98,6 +98,7 @@ def print_recompositions(events):
         print(
             f"  step {event.step}: {event.layer} restarted its pairs "
             f"{list(event.slots)} along the directions "
-            f"{list(event.directions)}; drift {event.drift:.1e}",
+            f"{list(event.directions)}; rounding changed its kernel by "
+            f"{event.drift:.0e}",
             flush=True,
         )

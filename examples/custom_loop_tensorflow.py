@@ -17,6 +17,9 @@ if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
         f"of its backend. Received: KERAS_BACKEND={os.environ['KERAS_BACKEND']}"
     )
 
+# Without a GPU, TensorFlow logs an error.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 import _digits
 import keras
 import tensorflow as tf
