@@ -95,7 +95,7 @@ def store(name, data_dir):
         features, version = builder.info.features, str(builder.version)
     if (data_dir / name / config / version).exists():
         return
-    print(f"Preparing local data, once: {make.__doc__}", flush=True)
+    print(f"Preparing local data, once ({make.__doc__})", flush=True)
     tfds.disable_progress_bar()
     logging.getLogger("absl").setLevel("ERROR")
     train, validation = make()
