@@ -44,8 +44,12 @@ def load(
         name,
         data_dir=data_dir,
         split=[
-            first_of("train", train_examples),
-            first_of(validation_split(builder.info), validation_examples),
+            first_of(builder.info, "train", train_examples),
+            first_of(
+                builder.info,
+                validation_split(builder.info),
+                validation_examples,
+            ),
         ],
         download=False,
     )
@@ -63,8 +67,10 @@ def download(builder):
         ) from error
 
 
-def first_of(split, count):
-    return f"{split}[:{count}]" if count else split
+def first_of(info, split, count):
+    """The first examples of a split, or all of them if there are fewer."""
+    size = info.splits[split].num_examples
+    return f"{split}[:{min(count, size)}]" if count else split
 
 
 def validation_split(info):

