@@ -60,8 +60,7 @@ class Recomposer:
         predictions_per_step: int or `None`. How many labels, tokens or values
             a step learns from. With few of them, a recipe fuses pairs later, or
             trains plain LoRA. Defaults to `None`: their number plays no role.
-        verbose: 0 or 1. With 1, prints a line for each recomposition. Defaults
-            to `0`.
+        verbose: 0 or 1. With 1, prints a line for each recomposition.
 
     Attributes:
         layers: list of the SRLoRA layers.
