@@ -120,7 +120,7 @@ def convert(name, layers, path):
         file.write("5")
     start = time.perf_counter()
     converted = keras_srlora.enable_srlora(
-        model, RANK, TARGET_RANK, directions=path, verbose=0
+        model, RANK, target_rank=TARGET_RANK, directions=path, verbose=0
     )
     total = time.perf_counter() - start
     peak = memory("VmHWM") - before

@@ -88,7 +88,9 @@ def keras_lora(model, rank):
 def srlora(model, rank):
     """The callback scores; its first recomposition lies beyond the end."""
     model.backbone.trainable = True
-    keras_srlora.enable_srlora(model, rank, min(8 * rank, 128), recipe="paper")
+    keras_srlora.enable_srlora(
+        model, rank, target_rank=min(8 * rank, 128), recipe="paper"
+    )
     # A run longer than the interval, which the benchmark never reaches.
     return keras_srlora.RecompositionCallback(interval=10**6)
 

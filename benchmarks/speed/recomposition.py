@@ -47,7 +47,7 @@ class Recompose(keras.callbacks.Callback):
 COMPILATIONS = []  # of JAX
 
 
-def measure(layers=12, batch=8):
+def measure(layers=12, batch=8, width=768):
     """Seconds of a step and of a recomposition of `6 · layers` kernels."""
     if keras.backend.backend() == "jax":
         import jax
@@ -59,10 +59,10 @@ def measure(layers=12, batch=8):
                 else None
             )
         )
-    model = contestants.classifier(layers)
+    model = contestants.classifier(layers, width)
     model.backbone.trainable = True
     start = time.perf_counter()
-    keras_srlora.enable_srlora(model, 8, 64, recipe="paper")
+    keras_srlora.enable_srlora(model, 8, target_rank=64, recipe="paper")
     converted = time.perf_counter() - start
     optimizer = keras_srlora.SensitivityOptimizer(
         keras.optimizers.AdamW(contestants.RATE), model
