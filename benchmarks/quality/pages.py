@@ -1,6 +1,7 @@
 """The tables of the documentation, from the results."""
 
 from benchmarks.quality.comparison import FEWEST_SEEDS
+from benchmarks.quality.comparison import VERDICTS
 from benchmarks.quality.comparison import at_rate
 from benchmarks.quality.comparison import differences
 from benchmarks.quality.comparison import gap_of_means
@@ -32,17 +33,28 @@ HEADINGS = {
     "flat_loss": "behind a gate",
 }
 CURVE = (1, 2, 4, 8, 16, 32, 64)
+LONG_CURVES = ("code_small", "code_6000_small")
 # Long runs with plenty of data, the default at LoRA's own best learning rate.
 LONG = {
     "code_small": "GPT, reviews to source code, 2,000 steps",
     "code_small_8e": "the same, an eighth of the text, 8 epochs",
     "code_6000_small": "the same, 6,000 steps",
+    "smollm2": "SmolLM2, two layers, to source code, 1,200 steps",
     "autoencoder_digits": "autoencoder, 1,488 steps",
     "teacher_power_law": "teacher, power law, 1,500 steps",
     "teacher_rank_48": "teacher, flat update of rank 48, 1,500 steps",
     "vit_clothes": "ViT, digits to clothes, 3,560 steps",
 }
 DEFAULT = "adaptive"
+# Runs that have fewer than a million predictions, or than 1,000 steps.
+SHORT = (
+    "digits",
+    "vit_digits",
+    "bbc",
+    "newsgroups",
+    "rotten_tomatoes",
+    "masked_newsgroups",
+)
 # The same model at batches of other sizes: task, title, predictions of a step,
 # steps, and the prototype that the default was at that time.
 RESTARTS = "x:life={},stop=.85,slots=mean,q=1"
@@ -73,23 +85,56 @@ PROTOTYPED = (
 LONG_METHODS = ("lora", "lora_4r", "paper", "lora_restarts")
 
 
-def figures(tasks):
+def figures(tasks, done):
     """Of each task and rank, the test losses, and what became of the default.
 
     Where a method has too few seeds, none.
     """
-    rows = [["task", "rank", *HEADINGS.values(), "to LoRA"]]
+    rows = [["task", "rank", *HEADINGS.values(), "default", "to LoRA"]]
     for task, title in TITLES.items():
         cells = tasks[task]
-        for rank in sorted(r for r, method in cells if method == "flat_loss"):
+        for rank in ranks_of(cells):
             found = [method_of(cells, rank, method) for method in HEADINGS]
-            to_lora = verdict(
-                differences(cells[rank, "flat_loss"], cells[rank, "lora"])
-            )
+            default = default_runs(cells, done[task], task, rank)
+            to_lora = verdict_on_default(cells, done[task], task, rank)
             to_lora = f"**{to_lora}**" if to_lora != "level" else to_lora
-            rows.append([title, rank, *map(shown, found), to_lora])
+            losses = [*map(shown, found), shown(default)]
+            rows.append([title, rank, *losses, to_lora])
             title = ""
     return markdown(rows)
+
+
+def ranks_of(cells):
+    """The ranks at which all methods were run."""
+    return sorted(rank for rank, method in cells if method == "flat_loss")
+
+
+def default_runs(cells, runs, task, rank):
+    """`{seed: record}` of the default, at LoRA's own best learning rate.
+
+    Where it was not run it is LoRA: the runs of that task have too few steps or
+    predictions.
+    """
+    lora = cells[rank, "lora"]
+    (rate,) = {record["rate"] for record in lora.values()}
+    found = at_rate(runs, task, DEFAULT, rank, rate)
+    return found or (lora if task in SHORT else {})
+
+
+def verdict_on_default(cells, runs, task, rank):
+    """Better or worse than LoRA, by the 95 % interval; else level."""
+    default, lora = default_runs(cells, runs, task, rank), cells[rank, "lora"]
+    return "level" if default is lora else verdict(differences(default, lora))
+
+
+def verdicts(tasks, done):
+    """In how many cells the default is better than LoRA, level, and worse."""
+    found = [
+        verdict_on_default(tasks[task], done[task], task, rank)
+        for task in TITLES
+        for rank in ranks_of(tasks[task])
+    ]
+    return {name: found.count(name) for name in VERDICTS}
 
 
 def prototypes(done):
@@ -182,6 +227,10 @@ def curve(tasks):
     for task, title in TITLES.items():
         found = [method_of(tasks[task], rank, "lora") for rank in CURVE]
         rows.append([title, *map(shown, found)])
+    for task in LONG_CURVES:
+        found = [method_of(tasks[task], rank, "lora") for rank in CURVE]
+        losses = [f"{test_loss(runs):.4f}" if runs else "–" for runs in found]
+        rows.append([LONG[task], *losses])
     return markdown(rows)
 
 

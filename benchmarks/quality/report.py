@@ -83,7 +83,7 @@ def main():
         if len({rank for rank, method in cells if method == "pissa"}) > 1:
             plot(task, cells, RESULTS / f"{task}.png")
     (RESULTS / "tables.md").write_text("\n".join(tables), encoding="utf-8")
-    fill_in(PAGE, "figures", pages.figures(tasks))
+    fill_in(PAGE, "figures", pages.figures(tasks, done))
     fill_in(PAGE, "curve", pages.curve(tasks))
     fill_in(PAGE, "long", pages.long_runs(done))
     fill_in(PAGE, "predictions", pages.predictions(done))

@@ -86,7 +86,7 @@ class Recipe:
     2505.12433, section 3); the paper does not define `slots`.
 
     Layers use `recipe="adaptive"` by default. It starts each pair as LoRA does,
-    trains it for a twentieth of the run, and at least for 200 steps and 200,000
+    trains it for a thirtieth of the run, and at least for 200 steps and 200,000
     predictions, then fuses it and restarts its slot. A run of fewer than 1,000
     steps or 1,000,000 predictions is plain LoRA.
 
@@ -273,7 +273,7 @@ RECIPES = {
         slots="shared",
         schedule="by_life",
         steps_per_pair=200,
-        pair_life=0.05,
+        pair_life=1 / 30,
         turns=6,
         predictions_per_pair=200_000,
         lives_per_run=5,

@@ -24,7 +24,7 @@ class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
     Without arguments it follows the recipe of the layers. The default recipe,
-    `"adaptive"`, trains each pair for a twentieth of the run, at least 200
+    `"adaptive"`, trains each pair for a thirtieth of the run, at least 200
     steps and 200,000 predictions (tokens, values or labels). Then it fuses the
     pair and restarts its slot, until 0.85 of the run. A run that is too short
     for five such lifetimes is plain LoRA; if it has too few predictions, a

@@ -3,6 +3,7 @@
 from benchmarks.quality.tasks import dense
 from benchmarks.quality.tasks import language
 from benchmarks.quality.tasks import masked
+from benchmarks.quality.tasks import smollm2
 from benchmarks.quality.tasks import teachers
 from benchmarks.quality.tasks import texts
 from benchmarks.quality.tasks import vit
@@ -13,5 +14,6 @@ TASKS = (
     | texts.TASKS
     | masked.TASKS
     | language.TASKS
+    | smollm2.TASKS
     | teachers.TASKS
 )
