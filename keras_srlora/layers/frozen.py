@@ -25,6 +25,8 @@ from keras_srlora.functional.fusion import in_full
 
 INTEGER_MODES = ("int8", "int4")
 MODES = ("float8", *INTEGER_MODES)
+# Of the format that Keras rounds kernels to, `float8_e4m3fn`.
+LARGEST_FLOAT8 = 448.0
 HALF_PRECISION = ("bfloat16", "float16")
 FUSED = ("fused_kernel_a", "fused_kernel_b")
 REMAINDER = "remainder"
@@ -168,6 +170,7 @@ class QuantizedKernel:
         else:
             stored = stored_kernel(layer)
             stored.assign(ops.cast(kernel, stored.dtype))
+            _rescale_float8(layer, kernel)
         self._remove_fused(layer)
 
     def unload(self, layer, matrix):
@@ -185,6 +188,22 @@ class QuantizedKernel:
 
     def from_arrays(self, arrays):
         """Nothing: the record has the fused pairs."""
+
+
+def _rescale_float8(layer, kernel):
+    """Lets the rounding to float8 hold the largest entry of a new kernel.
+
+    Keras does so in training steps alone; entries above that of the old kernel
+    would be cut off until then.
+    """
+    history = keras.quantizers.compute_float8_amax_history(
+        kernel, layer.kernel_amax_history
+    )
+    layer.kernel_amax_history.assign(history)
+    scale = keras.quantizers.compute_float8_scale(
+        ops.max(ops.abs(kernel)), layer.kernel_scale, LARGEST_FLOAT8
+    )
+    layer.kernel_scale.assign(scale)
 
 
 def is_quantized(layer) -> bool:

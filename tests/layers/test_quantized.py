@@ -286,6 +286,28 @@ def test_a_float8_layer_stays_one_when_merged(data):
         np.testing.assert_array_equal(to_numpy(layer.kernel), kernel)
 
 
+@pytest.mark.parametrize("kind", ["dense", "einsum"])
+def test_a_merged_float8_kernel_is_rounded_and_not_cut_off(kind, rng):
+    """Its largest entry is several times the one that the scale was for."""
+    layer = {
+        "dense": keras.layers.Dense(6, use_bias=False),
+        "einsum": keras.layers.EinsumDense("ab,bc->ac", 6),
+    }[kind]
+    model = keras.Sequential([keras.Input((12,)), layer])
+    layer.quantize("float8")
+    keras_srlora.enable_srlora(model, 2, target_layer_names=[layer.name])
+    model.compile("adam", "mse")
+    x = rng.standard_normal((16, 12)).astype("float32")
+    model.fit(x, x[:, :6], epochs=2, verbose=0)
+    for factor in layer.factors:
+        factor.assign(2 * rng.standard_normal(factor.shape))
+    kernel = effective(layer)
+    keras_srlora.merge_srlora(model)
+    computed = to_numpy(model(np.eye(12, dtype="float32")))
+    # Inputs and kernels have three bits of a fraction each.
+    np.testing.assert_allclose(computed, kernel, rtol=2**-3, atol=1e-2)
+
+
 def test_float8_scales_are_trained_on(data):
     """Keras hands them to the optimizer in the place of gradients."""
     model = quantized_model("float8")
