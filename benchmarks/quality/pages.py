@@ -81,6 +81,7 @@ PROTOTYPED = (
     ("vit_clothes", 2, 0.01, "ViT at 1e-2"),
     ("autoencoder_digits", 2, 0.03, "autoencoder at 3e-2"),
     ("digits", 2, 0.03, "MLP at 3e-2"),
+    ("smollm2", 2, 0.01, "SmolLM2 at 1e-2"),
 )
 LONG_METHODS = ("lora", "lora_4r", "paper", "lora_restarts")
 

@@ -25,6 +25,7 @@ DEFAULTS = {
     "stagger": 1,  # groups of layers, which are recomposed by turns
     "warm": 0.0,  # steps over which those of a new pair grow to their size
     "anneal": 0.0,  # part of a life over which a pair's steps fall to zero
+    "long": 0.0,  # length of a new `a`, of the mean of the layer's; 0: LoRA's
 }
 DIRECTIONS = 60
 NEVER = 1e9
@@ -166,10 +167,17 @@ class Restarts(keras.callbacks.Callback):
 
     def _fuse(self, layer, chosen, directions, step):
         a, _ = pairs.factors_to_numpy(layer)
+        lengths = np.linalg.norm(a, axis=1, keepdims=True)
+        long = self.choices["long"] * lengths.mean()
+
+        def scale(values, tolerance, scale):
+            scale_a, scale_b = as_lora(values, tolerance, scale)
+            return (long + 0.0 * scale_a if long else scale_a), scale_b
+
         pairs.fuse_and_restart(
-            layer, chosen, directions, np.zeros(len(chosen)), as_lora, step
+            layer, chosen, directions, np.zeros(len(chosen)), scale, step
         )
-        return np.sum(a**2, axis=1, keepdims=True)
+        return lengths**2
 
     def _treat(self, layer, chosen, slots, lengths):
         for is_b, factor in enumerate(layer.factors):
