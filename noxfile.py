@@ -162,7 +162,7 @@ def install_for_tests(session, *default):
     """Installs what the suite needs on the backends that it will run on."""
     # KerasHub's tokenizers run on TensorFlow, whatever the backend.
     chosen = {"tensorflow", *backends(session, *(default or BACKENDS))}
-    extras = [*sorted(chosen), "hub", "examples", "test"]
+    extras = [*sorted(chosen), "hub", "examples", "benchmarks", "test"]
     install(session, extras, DATA_PACKAGES)
 
 
