@@ -209,8 +209,7 @@ def _start_anew(layers):
     """Makes the adapter of some layers a fresh one."""
     for layer in layers:
         clear(layer)
-        a = layer.factors[0]
-        a.assign(pairs.a_initializer(layer)(a.shape, dtype=a.dtype))
+        pairs.draw_factors(layer)
     put_moments(layers, [])
 
 

@@ -125,6 +125,19 @@ def a_initializer(layer, seed=None):
     return keras.initializers.RandomUniform(-limit, limit, seed)
 
 
+def draw_factors(layer, seed=None):
+    """Draws both factors as a new layer has them: `a` at random, `b` zero."""
+    a = layer.factors[0]
+    a.assign(a_initializer(layer, seed)(a.shape, dtype=a.dtype))
+    zero_b(layer)
+
+
+def zero_b(layer):
+    """Sets `b` to zero, so that no pair adds anything."""
+    b = layer.factors[1]
+    b.assign(ops.zeros(b.shape, dtype=b.dtype))
+
+
 def start_pairs(layer, recipe, file=None):
     """Decomposes the kernel that a checked layer has, and starts its pairs.
 
@@ -153,8 +166,7 @@ def start_pairs(layer, recipe, file=None):
         layer.frozen.store(
             effective_matrix(layer), frozen_rows(layer, Record())
         )
-        b = layer.factors[1]
-        b.assign(ops.zeros(b.shape, dtype=b.dtype))
+        zero_b(layer)
     else:
         layer.frozen.remainder = None
 
@@ -200,9 +212,7 @@ def reset_pairs(layer):
     nothing = frozen_rows(layer, Record())
     layer.frozen.store(pretrained_matrix(layer), nothing)
     layer.record = Record()
-    a, b = layer.factors
-    a.assign(a_initializer(layer)(a.shape, dtype=a.dtype))
-    b.assign(ops.zeros(b.shape, dtype=b.dtype))
+    draw_factors(layer)
 
 
 # Fusing and restarting.
@@ -315,8 +325,7 @@ def forget_update(layer):
     """
     layer.frozen.remainder = None
     layer.record = Record()
-    b = layer.factors[1]
-    b.assign(ops.zeros(b.shape, dtype=b.dtype))
+    zero_b(layer)
 
 
 def _is_nothing(rows):
@@ -331,7 +340,5 @@ def disable_adapter(layer):
     """
     layer.frozen.store(pretrained_matrix(layer), frozen_rows(layer, Record()))
     layer.record = Record()
-    a, b = layer.factors
     # With a seed: no other random number is a different one afterwards.
-    a.assign(a_initializer(layer, seed=0)(a.shape, dtype=a.dtype))
-    b.assign(ops.zeros(b.shape, dtype=b.dtype))
+    draw_factors(layer, seed=0)

@@ -4,8 +4,6 @@ Kernel and bias have the keys of the plain layer, "0" and "1", so that a file of
 the plain model can be read; everything else has a name.
 """
 
-from keras import ops
-
 from keras_srlora.backend.keras_private.kernels import stored_variables
 from keras_srlora.layers import pairs
 from keras_srlora.layers.record import Record
@@ -80,9 +78,7 @@ def load_plain(layer, weights):
     """Takes the plain layer's weights; the pairs start anew."""
     for variable, value in zip(stored_variables(layer), weights):
         variable.assign(value)
-    a, b = layer.factors
-    a.assign(pairs.a_initializer(layer)(a.shape, dtype=a.dtype))
-    b.assign(ops.zeros(b.shape, dtype=b.dtype))
+    pairs.draw_factors(layer)
     _adopt(layer, Record())
     layer.frozen.from_arrays({})
     layer.companions.restore({})
