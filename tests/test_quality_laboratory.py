@@ -5,7 +5,6 @@ And whether the figures of the documentation are those of its results.
 
 import argparse
 import pathlib
-import sys
 
 import pytest
 
@@ -13,14 +12,6 @@ pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parents[1]
 CELL = ("digits", "lora", 4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _path():
-    """The benchmarks are a package beside that of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT), *sys.path])
-        yield
 
 
 @pytest.fixture(scope="module")

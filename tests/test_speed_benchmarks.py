@@ -1,13 +1,9 @@
 """The benchmarks of speed run: no figure of the documentation rots."""
 
-import pathlib
-import sys
 from importlib.util import find_spec
 
 import keras
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,14 +13,6 @@ pytestmark = [
     # Warnings of Hugging Face's packages are not this one's.
     pytest.mark.filterwarnings("default"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _path():
-    """The benchmarks are a package beside that of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT), *sys.path])
-        yield
 
 
 def test_a_step_of_each_method():
