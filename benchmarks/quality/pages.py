@@ -80,6 +80,7 @@ PROTOTYPED = (
     ("code_small", 2, 0.01, "GPT at 1e-2"),
     ("vit_clothes", 2, 0.01, "ViT at 1e-2"),
     ("autoencoder_digits", 2, 0.03, "autoencoder at 3e-2"),
+    ("autoencoder_digits", 4, 0.03, "the same at rank 4"),
     ("digits", 2, 0.03, "MLP at 3e-2"),
     ("smollm2", 2, 0.01, "SmolLM2 at 1e-2"),
 )

