@@ -23,7 +23,7 @@ Model and texts come from packages, so no hub is needed:
 
 The default is 120 steps, about 8 minutes on a CPU core. That is too short to
 recompose, so SRLoRA is plain LoRA. A run of 1,000 steps and a million tokens
-recomposes; with all 30 layers it wants a GPU:
+recomposes. With all 30 layers, use a GPU:
 
     python examples/causal_lm.py --rank 2 --batch-size 8 \\
         --sequence-length 128 --train-examples 8000

@@ -82,11 +82,12 @@ class Restarts(keras.callbacks.Callback):
         self.times = [round(t) for t in np.arange(first, stop - 1e-6, step)]
         self.ages = [np.zeros(layer.rank) for layer in self.layers]
         self.turn = 0
+        self.clocks = []
         if choices["warm"] or choices["anneal"] or choices["clock"]:
             self._scale_steps(optimizer)
 
     def _scale_steps(self, optimizer):
-        self.clocks, optimizer.factors = [], {}
+        optimizer.factors = {}
         for index, layer in enumerate(self.layers):
             clock = [
                 keras.Variable(
@@ -109,11 +110,10 @@ class Restarts(keras.callbacks.Callback):
         factor = ops.ones(began.shape)
         warm = self.choices["warm"]
         span = self.choices["anneal"] * self.choices["life"]
+        age = step - ops.convert_to_tensor(began) + 1
         if warm:
-            began = ops.convert_to_tensor(began)
-            factor *= ops.clip((step - began + 1) / warm, 0.0, 1.0)
+            factor *= ops.clip(age / warm, 0.0, 1.0)
         if self.choices["clock"]:
-            age = step - ops.convert_to_tensor(began) + 1
             factor *= ops.sqrt(1 - 0.999**age) / (1 - 0.9**age)
         if span:
             ends = ops.convert_to_tensor(ends)
@@ -162,7 +162,7 @@ class Restarts(keras.callbacks.Callback):
                 lengths = self._fuse(layer, chosen, unused, step)
                 self._treat(layer, chosen, slots, lengths)
                 ages[chosen] = step
-                if self.choices["warm"] or self.choices["clock"]:
+                if self.clocks:
                     began = np.array(self.clocks[index][0])
                     began[chosen] = step
                     self.clocks[index][0].assign(began)

@@ -79,19 +79,24 @@ def source_code():
     return train, validation, test
 
 
+def pretrain(model, x, y, rate, warmup_steps, batch_size):
+    """Trains all weights of a model, once through a text."""
+    steps = len(x) // batch_size
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps, warmup_target=rate, warmup_steps=warmup_steps
+    )
+    model.compile(
+        keras.optimizers.AdamW(schedule, weight_decay=0.05), classification()
+    )
+    model.fit(x, y, batch_size=batch_size, epochs=1, verbose=2)
+
+
 def pretrain_gpt(width, folder):
     """On film reviews; 3,000 steps."""
     keras.utils.set_random_seed(0)
-    steps = 3000
-    x, y = byte_windows(reviews(), width, BATCH_SIZE * steps)
+    x, y = byte_windows(reviews(), width, BATCH_SIZE * 3000)
     model = gpt(width)
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, steps, warmup_target=2e-3, warmup_steps=200
-    )
-    model.compile(
-        keras.optimizers.AdamW(rate, weight_decay=0.05), classification()
-    )
-    model.fit(x, y, batch_size=BATCH_SIZE, epochs=1, verbose=2)
+    pretrain(model, x, y, 2e-3, 200, BATCH_SIZE)
     model.save_weights(folder / "gpt.weights.h5")
 
 

@@ -74,13 +74,17 @@ def first_tokens(tokenizer):
     return encode
 
 
+def first_layers():
+    """The folder of the cut model and the texts."""
+    return data.fetched("smollm2-first-layers", cut)
+
+
 def cut_model():
     """The language model of the first layers and tokens."""
     import keras_hub
 
-    folder = data.fetched("smollm2-first-layers", cut)
     backbone = keras_hub.models.LlamaBackbone.from_preset(
-        str(folder),
+        str(first_layers()),
         layer_norm_epsilon=1e-5,  # KerasHub does not read it
         name="backbone",
     )
@@ -89,24 +93,18 @@ def cut_model():
 
 def streams():
     """The texts as token ids, by their names."""
-    with np.load(data.cache() / "smollm2-first-layers" / "tokens.npz") as file:
+    with np.load(first_layers() / "tokens.npz") as file:
         return dict(file)
 
 
 def pretrain(folder):
-    """Trains the cut model on film reviews, as a language model again."""
+    """On film reviews, after which it is a language model again."""
     keras.utils.set_random_seed(0)
-    model = cut_model()
     x, y = language.windows(
-        streams()["reviews"], LENGTH, PRETRAINING_STEPS * BATCH_SIZE
+        streams()["reviews"], LENGTH, BATCH_SIZE * PRETRAINING_STEPS
     )
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, PRETRAINING_STEPS, warmup_target=1e-3, warmup_steps=100
-    )
-    model.compile(
-        keras.optimizers.AdamW(rate, weight_decay=0.05), classification()
-    )
-    model.fit(x, y, batch_size=BATCH_SIZE, epochs=1, verbose=2)
+    model = cut_model()
+    language.pretrain(model, x, y, 1e-3, 100, BATCH_SIZE)
     model.save_weights(folder / "model.weights.h5")
 
 
@@ -116,7 +114,6 @@ def smollm2(steps, pretrained=False):
     It is no language model after the cut. With `pretrained`, it learns film
     reviews first, with all its weights.
     """
-    cut_model()
     texts = streams()
 
     def build(seed):
