@@ -135,6 +135,15 @@ def zero_slots(kind, values):
     return ops.zeros_like(values)
 
 
+def new_optimizer(kind, values):
+    """As `zero_slots`; Adam's bias correction starts anew, too.
+
+    The recipe asks for the correction by this name; see
+    `keras_srlora/training/bias_correction.py`.
+    """
+    return ops.zeros_like(values)
+
+
 def zero_first_moments(kind, values):
     """First moments start from zero, second moments go on.
 
@@ -198,6 +207,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "zero_first_moments": zero_first_moments,
         "keep": keep_slots,
         "shared": shared_second_moments,
+        "new_optimizer": new_optimizer,
     },
     "schedule": {"evenly": evenly, "by_life": by_life},
     # A class with the methods of `FlatLoss`, or `None`.

@@ -46,10 +46,12 @@ class Recipe:
             `"as_lora"` (`b` zero). A function
             `(singular_values, tolerance, scale) -> (scale_a, scale_b)`.
         slots: how the optimizer's moments of a restarted pair start.
-            `"zero_first_moments"`, `"zero"`, `"keep"`, or `"shared"`: second
-            moments start from the mean of the layer's pairs, so that a new
-            pair's steps are about as large as theirs. A function
-            `(kind, values) -> values`.
+            `"zero_first_moments"`, `"zero"`, `"keep"`, `"shared"` (second
+            moments start from the mean of the layer's pairs), or
+            `"new_optimizer"`: all moments start from zero, and so does Adam's
+            bias correction, so that the pair trains as with a new optimizer.
+            For optimizers other than `Adam`, `AdamW` and `Adamax`, this is
+            `"shared"`. A function `(kind, values) -> values`.
         schedule: when a run recomposes. `"evenly"` over the run, or
             `"by_life"`: as often as `steps_per_pair` and `pair_life` allow. A
             function `(steps, recompositions) -> interval`.
@@ -201,8 +203,22 @@ class Recipe:
         """The directions that come next."""
         return _function("order", self.order)(singular_values, unused, count)
 
-    def treat_slots(self, kind: str, values: Any) -> Any:
-        """The values of an optimizer's slot of a restarted pair."""
+    @property
+    def restarts_bias_correction(self) -> bool:
+        """Whether Adam's bias correction starts anew with each pair."""
+        return self.slots == "new_optimizer"
+
+    def treat_slots(self, kind: str, values: Any, corrected=True) -> Any:
+        """The values of an optimizer's slot of a restarted pair.
+
+        Args:
+            kind: str; see `Recipe`.
+            values: tensor of shape `(rank, ...)`.
+            corrected: bool. Whether the bias correction of the optimizer can
+                start anew with the pair.
+        """
+        if self.restarts_bias_correction and not corrected:
+            return TABLES["slots"]["shared"](kind, values)
         return _function("slots", self.slots)(kind, values)
 
     def choose_interval(self, steps: float, recompositions: float) -> float:

@@ -7,11 +7,14 @@ import keras
 from keras import ops
 
 from keras_srlora.backend.keras_private.fit_state import accumulated_gradient
+from keras_srlora.backend.keras_private.fit_state import around_update
 from keras_srlora.backend.keras_private.fit_state import micro_batches_seen
 from keras_srlora.backend.keras_private.fit_state import (
     optimizer_trainable_variables,
 )
 from keras_srlora.layers.find import srlora_layers
+from keras_srlora.training.bias_correction import BiasCorrection
+from keras_srlora.training.bias_correction import corrected_betas
 from keras_srlora.training.sensitivity import Sensitivity
 
 # Numbers nearer to 1 are rounded to 1. By hand: an optimizer may be built in a
@@ -24,12 +27,14 @@ OWN = frozenset(
     (
         "apply",
         "apply_gradients",
+        "bias_correction",
         "build",
         "sensitivity",
         "stateless_apply",
         "unwrap",
         "variables",
         "_step_gradients",
+        "_update",
     )
 )
 # Attributes that Python reads. `__class__` is the wrapped optimizer's, which
@@ -48,17 +53,20 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
     The wrapper has the attributes and methods of the wrapped optimizer, so
     other callbacks find `use_ema`, `beta_1` or `weight_decay`, and
     `isinstance(optimizer, keras.optimizers.Adam)` is true if an `Adam` is
-    wrapped. The wrapper itself adds `apply`, `variables` (the running averages
-    of the scores, then the variables of the wrapped optimizer), `sensitivity`,
-    and `unwrap()`, which returns the wrapped optimizer.
+    wrapped. The wrapper itself adds `apply`, `variables` (its own, then those
+    of the wrapped optimizer), `sensitivity`, `bias_correction`, and `unwrap()`,
+    which returns the wrapped optimizer.
 
     With `gradient_accumulation_steps=k` the running averages are updated once
     every `k` batches, from the mean gradient that the wrapped optimizer
     applies. They use the gradient before clipping, without loss scales.
 
+    Pairs that restarted with moments of zero train as with a new optimizer; see
+    `keras_srlora/training/bias_correction.py`.
+
     The optimizer is saved as the wrapped one, so a model that was saved during
-    a run loads with the plain optimizer and its state. The running averages are
-    saved with the layers.
+    a run loads with the plain optimizer and its state. The running averages and
+    the ages of the pairs are saved with the layers.
 
     Args:
         inner_optimizer: the `keras.optimizers.Optimizer` to wrap.
@@ -90,6 +98,7 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
         own["unwrap"] = lambda: inner_optimizer
         layers = model if isinstance(model, list) else srlora_layers(model)
         own["sensitivity"] = Sensitivity(layers, beta1, beta2)
+        own["bias_correction"] = BiasCorrection(layers)
         if inner_optimizer.built:
             _check_built(inner_optimizer, self.sensitivity)
 
@@ -122,7 +131,11 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
 
     @property
     def variables(self):
-        return self.sensitivity.variables + self.unwrap().variables
+        return [
+            *self.sensitivity.variables,
+            self.bias_correction.began,
+            *self.unwrap().variables,
+        ]
 
     def apply(self, grads, trainable_variables=None):
         if not self.built:
@@ -132,7 +145,18 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
         )
         grads = list(grads)
         self.sensitivity.update(*self._step_gradients(grads, variables))
-        self.unwrap().apply(grads, variables)
+        inner = self.unwrap()
+        with around_update(inner, self._update):
+            inner.apply(grads, variables)
+
+    def _update(self, update):
+        """A step of the wrapped optimizer; restarted pairs step as new ones."""
+        inner, correction = self.unwrap(), self.bias_correction
+        betas = corrected_betas(inner)
+        old = None if betas is None else correction.copy_factors()
+        update()
+        if old is not None:
+            correction.scale_step(old, inner.iterations + 1, betas)
 
     def _step_gradients(self, grads, variables):
         """Returns `(gradients, variables, is_step)` of the optimizer's step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from typing import Any
@@ -20,6 +21,7 @@ from keras_srlora.recipes.definition import Recipe
 from keras_srlora.recipes.definition import get_recipe
 from keras_srlora.training import slots as slots_of
 from keras_srlora.training.optimizer import is_torch_optimizer
+from keras_srlora.training.scoring import find_correction
 from keras_srlora.training.sensitivity import Sensitivity
 
 
@@ -112,6 +114,7 @@ def recompose(
             )
     recipe = None if recipe is None else get_recipe(recipe)
     slots = _find_slots(optimizer, chosen)
+    correction = find_correction(optimizer)
     importance = devices.agree(
         sensitivity.importance(recipe),
         [layer.path for layer in scored],
@@ -133,13 +136,15 @@ def recompose(
             continue
         events.append(event)
         recomposed.append(layer)
+        treatment = functools.partial(
+            of_layer.treat_slots, corrected=correction is not None
+        )
+        if correction and of_layer.restarts_bias_correction:
+            correction.ages.restart(layer, event.slots, correction.steps)
         restarted = pairs.row_mask(layer.rank, list(event.slots))
         for factor in layer.factors:
             slots_of.restart_slots(
-                slots.get(id(factor), []),
-                factor,
-                restarted,
-                of_layer.treat_slots,
+                slots.get(id(factor), []), factor, restarted, treatment
             )
     sensitivity.reset(recomposed)
     return events

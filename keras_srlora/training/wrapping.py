@@ -166,6 +166,7 @@ class _Kept:
             and len(scores.layers) == len(layers)
             and all(a is b for a, b in zip(scores.layers, layers))
             and scores.is_attached
+            and self.wrapper.bias_correction.is_attached
         )
 
     def enter(self, model):

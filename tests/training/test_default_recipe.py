@@ -181,14 +181,6 @@ def test_the_loss_decides_nothing(loss):
     assert [event.step for event in events] == list(range(4, 68, 4))
 
 
-def test_second_moments_of_new_pairs_are_the_mean_of_the_layers_pairs():
-    values = np.arange(12.0, dtype="float32").reshape(3, 4)
-    treat = RECIPES["adaptive"].treat_slots
-    shared = keras.ops.convert_to_numpy(treat("second_moment", values))
-    np.testing.assert_allclose(shared, [values.mean(axis=0)] * 3)
-    assert not np.any(keras.ops.convert_to_numpy(treat("first_moment", values)))
-
-
 def three_layers(recipe):
     keras.utils.set_random_seed(3)
     inputs = x = keras.Input((12,))

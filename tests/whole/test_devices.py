@@ -23,7 +23,8 @@ def run(engine, folder, ports=(), index=0):
     flags = f"--xla_force_host_platform_device_count={2 if ports else 4}"
     if engine == "sharded_kernels":
         flags += f" --xla_dump_to={folder} --xla_dump_hlo_as_text"
-    environment = {"XLA_FLAGS": flags}
+    # Threads for all devices, however few cores there are; see docs/devices.md.
+    environment = {"XLA_FLAGS": flags, "PJRT_NPROC": "16"}
     if engine == "multi_worker":
         workers = [f"127.0.0.1:{port}" for port in ports]
         environment["TF_CONFIG"] = json.dumps(

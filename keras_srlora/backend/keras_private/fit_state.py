@@ -1,5 +1,7 @@
 """What `fit`, models and optimizers keep about a run."""
 
+import contextlib
+
 
 def loss_metric(model):
     """The mean of the training loss over the epoch so far, or `None`.
@@ -47,6 +49,24 @@ def optimizer_trainable_variables(optimizer):
     Private: `Optimizer._trainable_variables`.
     """
     return list(optimizer._trainable_variables)
+
+
+@contextlib.contextmanager
+def around_update(optimizer, around):
+    """Calls `around(update)` in place of `update()` in the optimizer's steps.
+
+    `update()` moves the variables by the gradients. Weight decay comes before
+    it, and the moving average of the weights after it, so that neither is
+    scaled with the step. Private: `Optimizer._backend_update_step`.
+    """
+    name = "_backend_update_step"
+    update = getattr(optimizer, name)
+    # Past `__setattr__`, which would track it.
+    vars(optimizer)[name] = lambda *args: around(lambda: update(*args))
+    try:
+        yield
+    finally:
+        del vars(optimizer)[name]
 
 
 def is_stock_optimizer(optimizer):
