@@ -17,17 +17,17 @@ from keras_srlora.layers.switched_off import switch_on
 
 @contextlib.contextmanager
 def adapter_disabled(model: keras.Model):
-    """Inside the `with` block the SRLoRA layers are the pretrained ones.
+    """Computes with the pretrained kernels inside the `with` block.
 
-    Their kernels are the pretrained ones, up to rounding, and their low-rank
-    part is zero. After the block, also after an exception, every variable has
-    its old value again, bit-identically. Other trained variables (a head,
-    biases) keep their values; if some of them had a pretrained value, a warning
-    names them. Blocks may be nested.
+    Inside, the SRLoRA layers have their pretrained kernels, up to rounding, and
+    no update. After the block, also after an exception, every variable has its
+    old value again, bit-identically. Other trained variables (a head, biases)
+    keep their values; a warning names those that had a pretrained value. Blocks
+    may be nested.
 
     The block is for inference. Training, merging, loading or exporting an
-    adapter inside raises `ValueError`; where factors were trained or loaded in
-    a way that cannot be refused, at the end of the block. A file that is saved
+    adapter inside raises `ValueError`. If a custom loop trains the factors, or
+    other code sets them, the end of the block raises it. A file that is saved
     inside holds the pretrained model.
 
     Args:

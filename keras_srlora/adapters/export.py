@@ -250,9 +250,12 @@ MODULES = {
 
 
 def _check_modules(modules):
-    names = modules or {}
-    texts = isinstance(names, dict) and [*names, *names.values()]
-    if texts is False or not all(isinstance(text, str) for text in texts):
+    if modules is None:
+        return
+    if not isinstance(modules, dict) or not all(
+        isinstance(path, str) and isinstance(name, str)
+        for path, name in modules.items()
+    ):
         raise ValueError(
             "`modules` must be a dict from paths of layers to names of "
             f"modules, both strings. Received: modules={modules!r}"

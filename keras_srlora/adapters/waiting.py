@@ -148,9 +148,9 @@ class Adapters:
 
     @contextlib.contextmanager
     def whole(self, model, kept):
-        """Puts the kept adapter back where the next one is put on half.
+        """Puts the kept adapter back if the block raises.
 
-        A device may run out of memory, a user interrupt.
+        A device may run out of memory, or the user may interrupt.
         """
         try:
             yield

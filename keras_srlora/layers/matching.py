@@ -84,13 +84,13 @@ def warn_of_trained_factors(layers):
     if found:
         warnings.warn(
             f"{len(found)} SRLoRA layers have trained factors and no record of "
-            f"their pretrained kernel: {found[:3]}. Kernel and update together "
-            "count as the pretrained kernel from now on, for "
-            "`adapter_disabled`, `unload_srlora`, `save_adapter` and the "
-            "exports. Where the weights came by `clone_model` and "
-            "`set_weights`, copy the model with `copy.deepcopy`, `model.save` "
-            "or `save_weights` instead, which bring the record; before a first "
-            "training, call `keras_srlora.initialize_factors(model)`.",
+            f"their pretrained kernel: {found[:3]}. From now on, the sum of "
+            "kernel and update is their pretrained kernel: "
+            "`adapter_disabled` and `unload_srlora` keep the update, and "
+            "`save_adapter` and the exports do not contain it. "
+            "`clone_model` and `set_weights` do not copy the record: use "
+            "`copy.deepcopy`, `model.save` or `save_weights` instead. Before a "
+            "first training, call `keras_srlora.initialize_factors(model)`.",
             stacklevel=4,
         )
 

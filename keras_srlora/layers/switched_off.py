@@ -45,9 +45,9 @@ def check_switched_on(layers):
     if found:
         raise ValueError(
             "Inside of `adapter_disabled` the SRLoRA layers have pretrained "
-            "kernels and no adapter: this can only be done outside of it. "
-            "Leave the `with` block first; for the plain pretrained model, "
-            "call `keras_srlora.unload_srlora(model)` there. Received: "
+            "kernels and no adapter. Leave the `with` block first. To get the "
+            "plain pretrained model, call `keras_srlora.unload_srlora(model)` "
+            "there. Received: "
             f"{len(found)} layers that are switched off, such as {found[0]!r}"
         )
 
@@ -57,11 +57,11 @@ def check_untouched(layers):
     found = [layer.path for layer in layers if _NOW[id(layer)].is_touched()]
     if found:
         raise ValueError(
-            "Inside of `adapter_disabled` the SRLoRA layers were trained, or "
-            "given other weights, and their factors are what they were before "
-            "the block again: what came inside of it is gone. Train and load "
-            "outside of it; for a pretrained model that can be trained, call "
-            "`keras_srlora.unload_srlora(model)`. Received: "
+            "SRLoRA layers were trained or got other weights inside of "
+            "`adapter_disabled`. After the block the factors have their old "
+            "values again: the training, or the weights, are gone. Train and "
+            "load outside of the block. To train the pretrained model, call "
+            "`keras_srlora.unload_srlora(model)` first. Received: "
             f"{len(found)} layers that changed, such as {found[0]!r}"
         )
 

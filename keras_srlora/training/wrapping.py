@@ -72,9 +72,9 @@ def check_first(model, of_fit):
     if before is of_fit:
         unwrap_optimizer(model)
         raise ValueError(
-            "`fit` was given more than one `RecompositionCallback`, or one of "
-            "them twice, and each would recompose the same pairs. Pass a "
-            f"single one. Received: a run of model {model.name!r}"
+            "`fit` got more than one `RecompositionCallback`, or one twice. "
+            "Each would recompose the same pairs: pass a single one. "
+            f"Received: model {model.name!r}"
         )
 
 

@@ -156,7 +156,7 @@ def test_the_kernel_is_taken_as_it_is_now(path, decomposed):
     model = keras.Model(inputs, layer(x))
     layer.lora_kernel_b.assign(np.ones((2, 20)))
     expected = to_numpy(layer.effective_kernel())
-    with pytest.warns(UserWarning, match="count as the pretrained kernel"):
+    with pytest.warns(UserWarning, match="is their pretrained kernel"):
         keras_srlora.initialize_factors(model, directions=path)
     values = np.linalg.svd(expected, compute_uv=False)[:16]
     found = layer.record.directions.singular_values

@@ -164,7 +164,7 @@ def test_what_a_disabled_adapter_would_lose_is_told(
     model = recomposed(rng)
     model.save_weights("weights.weights.h5")
     before = state_of(model)
-    with pytest.raises(ValueError, match="is gone"):
+    with pytest.raises(ValueError, match="are gone"):
         with keras_srlora.adapter_disabled(model):
             change(model)
     assert_unchanged(model, before[: len(state_of(model))])
@@ -173,7 +173,7 @@ def test_what_a_disabled_adapter_would_lose_is_told(
 def test_what_disabled_adapters_within_each_other_would_lose_is_told():
     model = tuned_encoder()
     before = state_of(model)
-    with pytest.raises(ValueError, match="is gone"):
+    with pytest.raises(ValueError, match="are gone"):
         with keras_srlora.adapter_disabled(model):
             with keras_srlora.adapter_disabled(model):
                 nudge([model.get_layer("first")])

@@ -13,13 +13,14 @@ from support import to_numpy
 from support import two_layer_model
 
 import keras_srlora
+from keras_srlora.layers.find import srlora_layers
 from keras_srlora.recipes.definition import RECIPES
 from keras_srlora.training.bias_correction import COMPANION
 from keras_srlora.training.bias_correction import corrected_betas
 from keras_srlora.training.scoring import find_correction
 
 RATE = 0.01
-RESTART, STEPS = 40, 60
+RESTART, STEPS = 12, 24
 RECIPE = dataclasses.replace(
     RECIPES["lora_restarts"], slots="new_optimizer", steps_per_pair=1, stop=1.0
 )
@@ -150,11 +151,11 @@ def test_a_restarted_pair_trains_as_with_a_new_optimizer(name, rng):
     assert 0 < len(slots) < layer.rank
     wanted = expected(reference, before, restarted, slots, seen)
     for found, correct in zip(ended, wanted):
-        # 100 steps of .01; 1 - .999 has a rounding error of 3e-5 in float32.
+        # 36 steps of .01; 1 - .999 has a rounding error of 3e-5 in float32.
         np.testing.assert_allclose(found, correct, atol=2e-4)
     # What it is for: without the correction they end elsewhere.
     moved = np.abs(ended[1][slots] - restarted[1][slots]).max()
-    assert moved > 0.05
+    assert moved > 0.02
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])
@@ -295,9 +296,7 @@ def test_a_run_resumes_to_the_bit_soon_after_a_restart(tmp_path, rng):
     fit(second, data, 4, initial_epoch=3, whole=4)
     assert_same_variables(whole.variables, second.variables)
     assert_same_variables(whole.optimizer.variables, second.optimizer.variables)
-    for a, b in zip(
-        keras_srlora.srlora_layers(whole), keras_srlora.srlora_layers(second)
-    ):
+    for a, b in zip(srlora_layers(whole), srlora_layers(second)):
         ages = [x.companions.arrays_of(COMPANION)["began"] for x in (a, b)]
         assert ages[0].any()
         np.testing.assert_array_equal(*ages)

@@ -451,7 +451,7 @@ def test_a_model_fitted_before_is_traced_anew(rng):
     model.fit(*data, batch_size=8, verbose=0)
     model.predict(data[0], verbose=0)
     callback = RecompositionCallback()
-    with pytest.warns(UserWarning, match="count as the pretrained kernel"):
+    with pytest.warns(UserWarning, match="is their pretrained kernel"):
         fit(model, data, callback)
     # A stale train function would have left the statistics at zero.
     assert len(callback.events) == 3

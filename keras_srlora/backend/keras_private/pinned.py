@@ -124,30 +124,34 @@ def open_around(layer):
 HOOK = "_setattr_hook"
 
 
-class _StaysFrozen:
-    """What a layer calls with each attribute that is about to be set."""
+class _Hook:
+    """A layer calls it with each attribute that is about to be set."""
 
     def __init__(self, layer):
         self._layer = layer
 
     def __call__(self, name, value):
-        if name == "_trainable":
-            if value and _sets_one_layer():
-                _warn_of_held(self._layer)
-            value = False
+        value = self.change(name, value)
         return type(self._layer)._setattr_hook(self._layer, name, value)
 
+    def change(self, name, value):
+        """The value that is set instead."""
+        raise NotImplementedError
 
-class _ThawsInside:
-    """Likewise; another object than `True`, which means the same."""
 
-    def __init__(self, layer):
-        self._layer = layer
+class _StaysFrozen(_Hook):
+    def change(self, name, value):
+        if name != "_trainable":
+            return value
+        if value and _sets_one_layer():
+            _warn_of_held(self._layer)
+        return False
 
-    def __call__(self, name, value):
-        if name == "trainable" and value is True:
-            value = 1
-        return type(self._layer)._setattr_hook(self._layer, name, value)
+
+class _ThawsInside(_Hook):
+    def change(self, name, value):
+        # Another object than `True`, which means the same.
+        return 1 if name == "trainable" and value is True else value
 
 
 def _sets_one_layer():
@@ -170,7 +174,7 @@ def _warn_of_held(layer):
         "stays so. To train it, name it in `modules_to_save` when you convert "
         "the model; `merge_srlora` and `unload_srlora` release it. "
         "Received: trainable=True",
-        stacklevel=6,
+        stacklevel=7,
     )
 
 

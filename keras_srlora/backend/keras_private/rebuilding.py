@@ -1,8 +1,7 @@
 """Building an optimizer a second time.
 
-Keras has no way to build an
-optimizer for other variables. A new one from its config would lose schedules
-and arguments of the user's classes, which a config does not hold.
+Keras cannot build an optimizer for other variables. A new optimizer from its
+config would lose schedules, and the arguments of a user's class.
 """
 
 import contextlib
