@@ -23,7 +23,7 @@ DEFAULTS = {
     "slots": "zero",  # or scaled, scaleda, scaledb, pace, mean
     "q": 0.25,  # of the second moments of the other pairs
     "qa": 0.0,  # the same for `a`, where `slots` is `pace`
-    "clock": 0,  # 1: Adam's bias correction begins anew with each pair; 2: of b
+    "clock": 0,  # bias correction anew with each pair; 1: of both; 2: of b
     "stagger": 1,  # groups of layers, which are recomposed by turns
     "warm": 0.0,  # steps over which those of a new pair grow to their size
     "anneal": 0.0,  # part of a life over which a pair's steps fall to zero
