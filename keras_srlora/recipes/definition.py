@@ -89,9 +89,9 @@ class Recipe:
 
     Layers use `recipe="adaptive"` by default. It starts each pair as LoRA does,
     trains it for a thirtieth of the run, and at least for 200 steps and 200,000
-    predictions, then fuses it and restarts its slot. The new pair trains as with
-    a new optimizer. A run of fewer than 1,000 steps or 1,000,000 predictions is
-    plain LoRA.
+    predictions, then fuses it and restarts its slot. The new pair trains as
+    with a new optimizer. A run of fewer than 1,000 steps or 1,000,000
+    predictions is plain LoRA.
 
     `recipe="lora_restarts"` restarts pairs in the same way in the first half of
     a run of any length. It uses each direction once, and zeroes all moments.
