@@ -149,7 +149,7 @@ def draw(curves, args):
     names = [f"lora-{args.rank}", f"{DEFAULT}-{args.rank}"]
     names.append(f"lora-{4 * args.rank}")
     colors = dict(zip(names, ("C7", "C3", "C0")))
-    figure, axes = plots.subplots(size=(8, 4.5))
+    figure, axes = plots.subplots(size=(6.4, 4.2))
     for name in names:
         curve = curves[name]
         color = colors[name]

@@ -75,16 +75,6 @@ class BiasCorrection:
         values[list(slots)] = step
         self.assign(layer, values)
 
-    def check_steps(self, step: int) -> None:
-        """Forgets restarts that the optimizer, at `step`, has not seen.
-
-        They belong to an earlier optimizer. For a new one all pairs are new.
-        """
-        for layer in self.layers:
-            values = self.of_layer(layer)
-            if (values > step).any():
-                self.assign(layer, np.where(values > step, 0.0, values))
-
     def of_layer(self, layer) -> np.ndarray:
         """A layer's part of `began`, on the host."""
         # A process may save what the others do not.
@@ -117,21 +107,22 @@ class BiasCorrection:
             betas: `β₁` and `β₂`; see `corrected_betas`.
         """
         steps = ops.cast(steps, "float32")
-        began = ops.expand_dims(ops.convert_to_tensor(self.began), 1)
-        # The rest are of an earlier optimizer.
+        began = ops.convert_to_tensor(self.began)
+        # Restarts that this optimizer has not seen were those of another one;
+        # to a new one all pairs are new.
         began = ops.where(began < steps, began, 0.0)
         part = _correction(steps - began, *betas) / _correction(steps, *betas)
         # First pairs stay as they are; a vector's powers may be rounded in
         # another way than a number's.
-        excess = ops.where(began > 0, 1.0 - part, 0.0)
-        new = []
+        excess = ops.expand_dims(ops.where(began > 0, 1.0 - part, 0.0), 1)
+        new = [began]
         for layer, *pair in zip(self.layers, old[::2], old[1::2]):
             of_layer = excess[self._places[layer]]
             for factor, before in zip(layer.factors, pair):
                 after = _value(factor)
                 part = ops.cast(of_layer, after.dtype)
                 new.append(after - part * (after - before))
-        devices.assign_on_replicas(self._factors(), new)
+        devices.assign_on_replicas([self.began, *self._factors()], new)
 
     def _factors(self):
         return [factor for layer in self.layers for factor in layer.factors]

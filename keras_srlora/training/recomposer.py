@@ -20,7 +20,6 @@ from keras_srlora.training.recomposition import recompose
 from keras_srlora.training.recomposition import remaining_recompositions
 from keras_srlora.training.recomposition import work_left
 from keras_srlora.training.run_state import RunState
-from keras_srlora.training.scoring import find_correction
 from keras_srlora.training.scoring import score_steps
 
 # The name of the run among the companions of its first layer.
@@ -243,9 +242,6 @@ class Recomposer:
 
     def _begin(self):
         self._begun = True
-        correction = find_correction(self.optimizer)
-        if correction is not None:
-            correction.ages.check_steps(correction.steps)
         if self._model is not None:
             self._random = RandomState(self._model)
             self._random.restore(self._saved)

@@ -206,6 +206,21 @@ OWN = {
 }
 
 
+def test_shared_second_moments_are_the_mean_of_the_layers_pairs():
+    values = np.arange(12.0, dtype="float32").reshape(3, 4)
+    treat = Recipe(slots="shared").treat_slots
+    shared = keras.ops.convert_to_numpy(treat("second_moment", values))
+    np.testing.assert_allclose(shared, [values.mean(axis=0)] * 3)
+    assert not np.any(keras.ops.convert_to_numpy(treat("first_moment", values)))
+    # So does an optimizer whose bias correction cannot start anew.
+    treat = Recipe(slots="new_optimizer").treat_slots
+    for corrected, expected in ((False, shared), (True, 0.0 * shared)):
+        found = treat("second_moment", values, corrected=corrected)
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(found), expected
+        )
+
+
 def test_every_choice_may_be_a_registered_function():
     assert OWN.keys() == choices.TABLES.keys()
     recipe = Recipe(**OWN)
