@@ -14,6 +14,7 @@ from support import to_numpy
 
 from keras_srlora.backend.arguments import keras_version
 from keras_srlora.backend.keras_private.fit_state import accumulated_gradient
+from keras_srlora.backend.keras_private.fit_state import around_update
 from keras_srlora.backend.keras_private.fit_state import get_initial_epoch
 from keras_srlora.backend.keras_private.fit_state import is_stock_optimizer
 from keras_srlora.backend.keras_private.fit_state import loss_metric
@@ -182,6 +183,36 @@ def test_optimizer_internals(layer):
     accumulated = accumulated_gradient(optimizer, variables[0])
     assert float(keras.ops.convert_to_numpy(accumulated).mean()) == 1.0
     assert is_stock_optimizer(optimizer)
+
+
+def test_a_function_goes_around_the_update_alone(layer):
+    """Not around weight decay, nor the moving average of the weights."""
+    optimizer = keras.optimizers.SGD(0.5, weight_decay=0.5, use_ema=True)
+    variables = layer.trainable_variables
+    optimizer.build(variables)
+    kernel = variables[0]
+    kernel.assign(keras.ops.ones(kernel.shape))
+    gradients = [keras.ops.ones(v.shape) for v in variables]
+    seen = []
+
+    def around(update):
+        seen.append(to_numpy(kernel).mean())
+        update()
+        seen.append(to_numpy(kernel).mean())
+        kernel.assign(keras.ops.zeros(kernel.shape))
+
+    with around_update(optimizer, around):
+        optimizer.apply(gradients, variables)
+    assert seen == [0.75, 0.25]
+    (average,) = [
+        to_numpy(v)
+        for v in optimizer.variables
+        if v.path.endswith("kernel_average")
+    ]
+    np.testing.assert_array_equal(average, 0.0)
+    # Afterwards it is as before.
+    optimizer.apply(gradients, variables)
+    assert len(seen) == 2
 
 
 def test_a_layer_without_build_is_known(layer):

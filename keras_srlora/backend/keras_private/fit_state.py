@@ -56,17 +56,21 @@ def around_update(optimizer, around):
     """Calls `around(update)` in place of `update()` in the optimizer's steps.
 
     `update()` moves the variables by the gradients. Weight decay comes before
-    it, and the moving average of the weights after it, so that neither is
-    scaled with the step. Private: `Optimizer._backend_update_step`.
+    it, and the moving average of the weights after it. Private:
+    `Optimizer._backend_update_step`.
     """
     name = "_backend_update_step"
-    update = getattr(optimizer, name)
+    # Of the class: the replicas of a `tf.distribute` strategy are threads that
+    # do this at the same time.
+    update = getattr(type(optimizer), name)
     # Past `__setattr__`, which would track it.
-    vars(optimizer)[name] = lambda *args: around(lambda: update(*args))
+    vars(optimizer)[name] = lambda *args: around(
+        lambda: update(optimizer, *args)
+    )
     try:
         yield
     finally:
-        del vars(optimizer)[name]
+        vars(optimizer).pop(name, None)
 
 
 def is_stock_optimizer(optimizer):
