@@ -179,7 +179,9 @@ METHODS = {
     "paper": srlora(RECIPES["paper"]),
     "lora_restarts": srlora(RECIPES["lora_restarts"]),
     "adaptive": srlora(RECIPES["adaptive"]),
-    "adaptive_32r": srlora(RECIPES["adaptive"], directions=32),
+    "adaptive_shared": srlora(
+        dataclasses.replace(RECIPES["adaptive"], slots="shared")
+    ),
     "flat_loss": srlora(FLAT_LOSS),
     "restarts": changed(),
     "restarts_4r": changed(directions=4),

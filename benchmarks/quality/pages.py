@@ -39,6 +39,7 @@ LONG = {
     "code_small": "GPT, reviews to source code, 2,000 steps",
     "code_small_8e": "the same, an eighth of the text, 8 epochs",
     "code_6000_small": "the same, 6,000 steps",
+    "smollm2": "SmolLM2, two of its layers, to source code, 1,200 steps",
     "autoencoder_digits": "autoencoder, 1,488 steps",
     "teacher_power_law": "teacher, power law, 1,500 steps",
     "teacher_rank_48": "teacher, flat update of rank 48, 1,500 steps",

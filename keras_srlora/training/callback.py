@@ -62,8 +62,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         ValueError: when `fit` starts, before anything changes, if there is no
             SRLoRA layer, a layer is not built or is frozen, a kernel is not
             finite, the optimizer is not supported or was built for other
-            variables, this callback already follows another `fit`, or `fit`
-            has two of them.
+            variables, this callback follows another `fit`, or `fit` has two.
         RuntimeError: if the model's optimizer is replaced during the run, or
             the processes of a distributed run start from different weights or
             score different gradients.
