@@ -21,7 +21,7 @@ from keras_srlora.recipes.definition import Recipe
 from keras_srlora.recipes.definition import get_recipe
 from keras_srlora.training import slots as slots_of
 from keras_srlora.training.optimizer import is_torch_optimizer
-from keras_srlora.training.scoring import find_correction
+from keras_srlora.training.scoring import find_corrections
 from keras_srlora.training.sensitivity import Sensitivity
 
 
@@ -114,7 +114,7 @@ def recompose(
             )
     recipe = None if recipe is None else get_recipe(recipe)
     slots = _find_slots(optimizer, chosen)
-    correction = find_correction(optimizer)
+    corrections = find_corrections(optimizer)
     importance = devices.agree(
         sensitivity.importance(recipe),
         [layer.path for layer in scored],
@@ -136,6 +136,7 @@ def recompose(
             continue
         events.append(event)
         recomposed.append(layer)
+        correction = corrections.get(layer)
         treatment = functools.partial(
             of_layer.treat_slots, corrected=correction is not None
         )

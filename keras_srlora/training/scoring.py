@@ -11,6 +11,9 @@ from keras_srlora.training.optimizer import SensitivityOptimizer
 from keras_srlora.training.optimizer import is_torch_optimizer
 from keras_srlora.training.sensitivity import Sensitivity
 
+# `{optimizer of torch.optim: [hooks]}`; it has no place for them itself.
+_hooks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
 
 def score_steps(optimizer, layers, beta1, beta2):
     """Lets the steps of an optimizer be scored, and those of new pairs scaled.
@@ -24,14 +27,9 @@ def score_steps(optimizer, layers, beta1, beta2):
     if not is_torch_optimizer(optimizer):
         wrapper = SensitivityOptimizer(optimizer, layers, beta1, beta2)
         return wrapper, wrapper.sensitivity
-    sensitivity = Sensitivity(layers, beta1, beta2)
-    # Before the step: a weight and its gradient belong together.
-    optimizer.register_step_pre_hook(
-        lambda optimizer, *_: _score_torch_step(optimizer, sensitivity)
-    )
-    if corrected_betas(optimizer, _factors(layers)) is not None:
-        _corrections[optimizer] = _TorchHooks(optimizer, layers)
-    return optimizer, sensitivity
+    hooks = _TorchHooks(optimizer, layers, beta1, beta2)
+    _hooks[optimizer] = [*_drop_detached(optimizer), hooks]
+    return optimizer, hooks.sensitivity
 
 
 class Correction(NamedTuple):
@@ -46,71 +44,101 @@ class Correction(NamedTuple):
     steps: int
 
 
-def find_correction(optimizer) -> Correction | None:
-    """The `Correction` of an optimizer.
+def find_corrections(optimizer) -> dict:
+    """`{layer: Correction}` of an optimizer.
 
-    `None` if the optimizer does not correct its moments, or if nothing scales
+    Empty if the optimizer does not correct its moments, or if nothing scales
     its steps: it is neither a `SensitivityOptimizer` nor one of `torch.optim`
     that a `Recomposer` was given.
     """
     if is_torch_optimizer(optimizer):
-        hooks = _corrections.get(optimizer)
-        if hooks is None:
-            return None
-        return Correction(hooks.ages, int(hooks.steps(optimizer)))
+        return {
+            layer: Correction(hooks.ages, int(hooks.steps(optimizer)))
+            for hooks in _hooks.get(optimizer, ())
+            if hooks.betas(optimizer) is not None
+            for layer in hooks.ages.layers
+        }
     # It may be in a `LossScaleOptimizer`.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not isinstance(optimizer, SensitivityOptimizer):
-        return None
+        return {}
     if corrected_betas(optimizer.unwrap()) is None:
-        return None
+        return {}
     steps = int(ops.convert_to_numpy(optimizer.iterations))
-    return Correction(optimizer.bias_correction, steps)
-
-
-def _score_torch_step(optimizer, sensitivity):
-    factors = _factors(sensitivity.layers)
-    own = {id(v.value) for v in factors}
-    rest = [
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if id(parameter) not in own
-    ]
-    gradients = [v.value.grad for v in factors] + [p.grad for p in rest]
-    sensitivity.update(gradients, [*factors, *rest])
+    ages = optimizer.bias_correction
+    return dict.fromkeys(ages.layers, Correction(ages, steps))
 
 
 class _TorchHooks:
-    """Scales the steps of an optimizer of `torch.optim`."""
+    """Scores the steps of an optimizer of `torch.optim`, and scales them."""
 
-    def __init__(self, optimizer, layers):
+    def __init__(self, optimizer, layers, beta1, beta2):
+        self.sensitivity = Sensitivity(layers, beta1, beta2)
         self.ages = BiasCorrection(layers)
+        self._factors = [v for layer in layers for v in layer.factors]
         self._old = None
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self):
+        """Takes the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def betas(self, optimizer):
+        """As `corrected_betas`."""
+        return corrected_betas(optimizer, self._factors)
 
     def steps(self, optimizer):
         """The steps that it has made; a number or a tensor."""
-        for factor in _factors(self.ages.layers):
+        for factor in self._factors:
             state = optimizer.state.get(factor.value)
             if state:
                 return state["step"]
         return 0
 
     def _before(self, optimizer, *_):
-        old = self.ages.copy_factors()
+        # Before the step: a weight and its gradient belong together.
+        self._score(optimizer)
+        old = (
+            None if self.betas(optimizer) is None else self.ages.copy_factors()
+        )
         if old is not None:
             decays = _decays(optimizer)
-            factors = _factors(self.ages.layers)
-            old = [decays[id(v.value)] * x for v, x in zip(factors, old)]
+            old = [decays[id(v.value)] * x for v, x in zip(self._factors, old)]
         self._old = old
 
     def _after(self, optimizer, *_):
         old, self._old = self._old, None
-        betas = corrected_betas(optimizer, _factors(self.ages.layers))
-        if old is not None and betas is not None:
+        if old is not None:
+            betas = self.betas(optimizer)
             self.ages.scale_step(old, self.steps(optimizer), betas)
+
+    def _score(self, optimizer):
+        own = {id(v.value) for v in self._factors}
+        rest = [
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) not in own
+        ]
+        variables = [*self._factors, *rest]
+        gradients = [v.value.grad for v in self._factors]
+        gradients += [p.grad for p in rest]
+        self.sensitivity.update(gradients, variables)
+
+
+def _drop_detached(optimizer):
+    """The hooks of earlier runs with layers that no later run has taken."""
+    kept = []
+    for hooks in _hooks.get(optimizer, ()):
+        if hooks.ages.is_attached:
+            kept.append(hooks)
+        else:
+            hooks.remove()
+    return kept
 
 
 def _decays(optimizer):
@@ -125,11 +153,3 @@ def _decays(optimizer):
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-
-
-# Those of the optimizers of `torch.optim`, which have no place for them.
-_corrections: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _factors(layers):
-    return [factor for layer in layers for factor in layer.factors]

@@ -17,7 +17,7 @@ from keras_srlora.layers.find import srlora_layers
 from keras_srlora.recipes.definition import RECIPES
 from keras_srlora.training.bias_correction import COMPANION
 from keras_srlora.training.bias_correction import corrected_betas
-from keras_srlora.training.scoring import find_correction
+from keras_srlora.training.scoring import find_corrections
 
 RATE = 0.01
 RESTART, STEPS = 12, 24
@@ -228,7 +228,7 @@ def test_other_optimizers_are_treated_as_shared(make, rng):
         seen = gradients(layer, RESTART + STEPS, np.random.default_rng(2))
         optimizer = keras_srlora.SensitivityOptimizer(make(), [layer])
         results.append(run(optimizer, layer, seen)[2])
-        assert find_correction(optimizer) is None
+        assert not find_corrections(optimizer)
     assert_same_variables(*results)
 
 
@@ -366,3 +366,31 @@ def test_groups_of_other_decays_are_treated_as_shared(rng):
     )
     assert corrected_betas(optimizer, layer.factors) is None
     assert corrected_betas(optimizer, layer.factors[:1]) == (0.9, 0.999)
+
+
+@on_torch
+def test_a_second_recomposer_of_an_optimizer_takes_over_its_layers(rng):
+    """A step is scaled once; other layers go on with the first one."""
+    import torch
+
+    one, two = new_layer(rng), new_layer(rng)
+    values = [v.value for layer in (one, two) for v in layer.factors]
+    optimizer = torch.optim.Adam(values, lr=RATE)
+    first = keras_srlora.Recomposer([one], optimizer, interval=RESTART)
+    other = keras_srlora.Recomposer([two], optimizer, interval=RESTART)
+    second = keras_srlora.Recomposer([one], optimizer, interval=RESTART)
+    found = find_corrections(optimizer)
+    assert set(found) == {one, two}
+    assert found[one].ages.is_attached and found[two].ages.is_attached
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    assert len(hooks) == len(optimizer._optimizer_step_post_hooks) == 2
+    before = to_numpy(first.sensitivity.variables[0])
+    for layer in (one, two):
+        for factor, g in zip(layer.factors, gradients(layer, 1, rng)[0]):
+            factor.value.grad = torch.as_tensor(g)
+    optimizer.step()
+    np.testing.assert_array_equal(
+        before, to_numpy(first.sensitivity.variables[0])
+    )
+    for recomposer in (other, second):
+        assert to_numpy(recomposer.sensitivity.variables[0]).any()
