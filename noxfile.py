@@ -81,9 +81,10 @@ def quick(session):
     """Run the fast tests, on `KERAS_BACKEND` or PyTorch."""
     # PyTorch compiles nothing.
     install_for_tests(session, "torch")
-    # Whole models, other processes and examples take the most time.
-    fast = ("--ignore=tests/whole", "-m", "not slow")
-    run_suite(session, *fast, default=["torch"])
+    # Whole models, other processes, examples, and the scenarios of users take
+    # the most time.
+    left_out = ("--ignore=tests/whole", "--ignore=tests/silent")
+    run_suite(session, *left_out, "-m", "not slow", default=["torch"])
 
 
 @nox.session

@@ -97,6 +97,7 @@ def test_an_epoch_of_a_single_step_is_read_at_its_end():
     assert len(callback.events) > 3
 
 
+@pytest.mark.slow
 def test_an_accumulation_is_finished_before_a_probe():
     model = student(quick())
     adam = keras.optimizers.Adam(0.03, gradient_accumulation_steps=3)
@@ -144,6 +145,7 @@ def test_a_resumed_run_decides_the_same(epochs, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_the_gate_does_is_printed(capsys):
     train(student(quick()), RecompositionCallback(verbose=1))
     printed = capsys.readouterr().out
