@@ -23,7 +23,7 @@ DEFAULTS = {
     "slots": "zero",  # or scaled, scaleda, scaledb, pace, mean
     "q": 0.25,  # of the second moments of the other pairs
     "qa": 0.0,  # the same for `a`, where `slots` is `pace`
-    "clock": 0,  # bias correction anew with each pair; 1: of both; 2: of b
+    "clock": 0,  # 1: Adam's bias correction begins anew with each pair
     "stagger": 1,  # groups of layers, which are recomposed by turns
     "warm": 0.0,  # steps over which those of a new pair grow to their size
     "anneal": 0.0,  # part of a life over which a pair's steps fall to zero
@@ -100,15 +100,12 @@ class Restarts(keras.callbacks.Callback):
             for variable in clock:
                 optimizer._track_variable(variable)
             self.clocks.append(clock)
-            for is_b, factor in enumerate(layer.factors):
-                corrected = self.choices["clock"] in (1, 1 + is_b)
-                optimizer.factors[id(factor)] = (
-                    lambda clock=clock, corrected=corrected: self._step_factor(
-                        optimizer.iterations, corrected, *clock
-                    )
+            for factor in layer.factors:
+                optimizer.factors[id(factor)] = lambda clock=clock: (
+                    self._step_factor(optimizer.iterations, *clock)
                 )
 
-    def _step_factor(self, step, corrected, began, ends):
+    def _step_factor(self, step, began, ends):
         step = ops.cast(step, "float32")
         factor = ops.ones(began.shape)
         warm = self.choices["warm"]
@@ -116,7 +113,7 @@ class Restarts(keras.callbacks.Callback):
         age = step - ops.convert_to_tensor(began) + 1
         if warm:
             factor *= ops.clip(age / warm, 0.0, 1.0)
-        if corrected:
+        if self.choices["clock"]:
             factor *= ops.sqrt(1 - 0.999**age) / (1 - 0.9**age)
         if span:
             ends = ops.convert_to_tensor(ends)
@@ -202,8 +199,6 @@ class Restarts(keras.callbacks.Callback):
         slots, q = self.choices["slots"], self.choices["q"]
         zero = {"zero": True, "scaleda": is_b, "scaledb": not is_b}
         if zero.get(slots, False):
-            return 0.0
-        if self.choices["clock"] == 2 and is_b:
             return 0.0
         if slots == "pace" and not is_b:
             return self.choices["qa"] * values.mean(axis=0)

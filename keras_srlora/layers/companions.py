@@ -5,6 +5,12 @@ from typing import Any
 import numpy as np
 
 
+def are_attached(layers: list, name: str, owner) -> bool:
+    """Whether all layers save their parts of `owner`, not others made since."""
+    parts = [layer.companions.get(name) for layer in layers]
+    return all(part is not None and part.belongs_to(owner) for part in parts)
+
+
 class Companions:
     """Parts that a run attaches to a layer, so that weights files hold them.
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
+from keras_srlora.layers.companions import are_attached
 
 # The name of the pairs' ages among a layer's companions.
 COMPANION = "bias_correction"
@@ -66,8 +67,7 @@ class BiasCorrection:
     @property
     def is_attached(self) -> bool:
         """Whether the layers save these ages, not others made since."""
-        parts = [layer.companions.get(COMPANION) for layer in self.layers]
-        return all(part is not None and part.belongs_to(self) for part in parts)
+        return are_attached(self.layers, COMPANION, self)
 
     def restart(self, layer, slots, step: int) -> None:
         """Some pairs of a layer restart after `step` steps of the optimizer."""

@@ -52,12 +52,13 @@ def find_corrections(optimizer) -> dict:
     that a `Recomposer` was given.
     """
     if is_torch_optimizer(optimizer):
-        return {
-            layer: Correction(hooks.ages, int(hooks.steps(optimizer)))
-            for hooks in _hooks.get(optimizer, ())
-            if hooks.betas(optimizer) is not None
-            for layer in hooks.ages.layers
-        }
+        found = {}
+        for hooks in _hooks.get(optimizer, ()):
+            if hooks.betas(optimizer) is not None:
+                steps = int(hooks.steps(optimizer))
+                correction = Correction(hooks.ages, steps)
+                found.update(dict.fromkeys(hooks.ages.layers, correction))
+        return found
     # It may be in a `LossScaleOptimizer`.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not isinstance(optimizer, SensitivityOptimizer):
@@ -102,9 +103,7 @@ class _TorchHooks:
     def _before(self, optimizer, *_):
         # Before the step: a weight and its gradient belong together.
         self._score(optimizer)
-        old = (
-            None if self.betas(optimizer) is None else self.ages.copy_factors()
-        )
+        old = self.ages.copy_factors()
         if old is not None:
             decays = _decays(optimizer)
             old = [decays[id(v.value)] * x for v, x in zip(self._factors, old)]
@@ -112,8 +111,11 @@ class _TorchHooks:
 
     def _after(self, optimizer, *_):
         old, self._old = self._old, None
-        if old is not None:
-            betas = self.betas(optimizer)
+        if old is None:
+            # No pair restarted yet: nothing more in the step.
+            return
+        betas = self.betas(optimizer)
+        if betas is not None:
             self.ages.scale_step(old, self.steps(optimizer), betas)
 
     def _score(self, optimizer):

@@ -11,6 +11,7 @@ from keras_srlora.backend import devices
 from keras_srlora.backend.arguments import check_fraction
 from keras_srlora.functional.importance import sensitivity
 from keras_srlora.functional.importance import update_averages
+from keras_srlora.layers.companions import are_attached
 from keras_srlora.recipes.choices import Evidence
 from keras_srlora.recipes.definition import Recipe
 
@@ -188,8 +189,7 @@ class Sensitivity:
     @property
     def is_attached(self) -> bool:
         """Whether the layers save these statistics, not others made since."""
-        parts = [layer.companions.get(COMPANION) for layer in self.layers]
-        return all(part is not None and part.belongs_to(self) for part in parts)
+        return are_attached(self.layers, COMPANION, self)
 
 
 class LayerStatistics:

@@ -110,7 +110,7 @@ def apply(optimizer, layer, gradients):
     optimizer.apply(values, layer.factors)
 
 
-def run(optimizer, layer, seen, average=None):
+def run(optimizer, layer, seen):
     """Steps, a recomposition, steps; `(slots, restarted, ended)`."""
     for g in seen[:RESTART]:
         apply(optimizer, layer, g)
@@ -153,7 +153,7 @@ def test_a_restarted_pair_trains_as_with_a_new_optimizer(name, rng):
     for found, correct in zip(ended, wanted):
         # 36 steps of .01; 1 - .999 has a rounding error of 3e-5 in float32.
         np.testing.assert_allclose(found, correct, atol=2e-4)
-    # What it is for: without the correction they end elsewhere.
+    # They did train.
     moved = np.abs(ended[1][slots] - restarted[1][slots]).max()
     assert moved > 0.02
 
@@ -302,7 +302,13 @@ def test_a_run_resumes_to_the_bit_soon_after_a_restart(tmp_path, rng):
         np.testing.assert_array_equal(*ages)
 
 
-def test_scores_and_ages_are_both_kept(tmp_path, rng):
+def test_the_default_recipe_corrects_each_pair():
+    assert RECIPES["adaptive"].restarts_bias_correction
+    for name in ("paper", "lora_restarts"):
+        assert not RECIPES[name].restarts_bias_correction
+
+
+def test_scores_and_ages_are_both_kept(rng):
     """Neither takes the other's place among what a layer saves."""
     model = converted_model("adam", recipe=RECIPE)
     fit(model, regression_data(rng, 40), 4)
