@@ -2,6 +2,7 @@ import contextlib
 import gc
 import os
 import pathlib
+import signal
 
 # The build of PyTorch with CUDA brings Triton, which crashes the process where
 # it is imported after TensorFlow.
@@ -9,6 +10,7 @@ with contextlib.suppress(ImportError):
     import triton  # noqa: F401
 
 import pytest
+from processes import optimize_no_graphs
 
 # Most of JAX's time goes into compiling small functions, each of which runs a
 # few times. They are compiled fast rather than well, and once for all models
@@ -52,18 +54,33 @@ def pytest_collection_modifyitems(items):
 # Keras is imported late: pytest-xdist's first process only hands out the tests.
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_run_a_few_times():
+    optimize_no_graphs()
+
+
+# How many tests share a look through all objects of the process.
+TESTS_A_COLLECTION = 8
+_tests_since_collection = TESTS_A_COLLECTION
+
+
+@pytest.fixture(autouse=True)
 def _libraries_are_no_garbage():
-    """Hides the half million objects of the libraries from the collector.
+    """Hides the libraries' objects, and old graphs, from the collector.
 
     Where layers change, the package looks through all objects for the models
     that hold them, and most tests change layers. Without this, each of them
-    looks through all that the libraries made as well.
+    looks through half a million of the libraries, and through the graphs that
+    TensorFlow never frees. A model that a module's tests share is hidden, too.
     """
-    gc.collect()
-    gc.freeze()
-    # Tracing and building make many objects that stay.
-    gc.set_threshold(20_000, 10, 10)
+    global _tests_since_collection
+    _tests_since_collection += 1
+    if _tests_since_collection >= TESTS_A_COLLECTION:
+        _tests_since_collection = 0
+        gc.collect()
+        gc.freeze()
+        # Tracing and building make many objects that stay.
+        gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +88,14 @@ def _seeded():
     import keras
 
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def ctrl_c_raises():
+    """Where a suite runs in the background, Ctrl-C may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -48,6 +48,21 @@ class Child:
         return printed
 
 
+def optimize_no_graphs():
+    """Most of a small graph's time on TensorFlow is its optimization.
+
+    A process does so before it compiles anything.
+    """
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.optimizer.set_experimental_options(
+            {"disable_meta_optimizer": True}
+        )
+
+
 def run_script(path, arguments):
     """What `python path arguments...` does in the folder of the script."""
     folder = os.path.dirname(path)
@@ -68,4 +83,7 @@ def _run(log, environment, function, arguments):
     for printed in (1, 2):
         os.dup2(file, printed)
     os.environ.update(environment)
+    if function is not run_script:
+        # Bit-equal to what the tests compute. Scripts run as users run them.
+        optimize_no_graphs()
     function(*arguments)

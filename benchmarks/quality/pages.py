@@ -44,6 +44,7 @@ LONG = {
     "teacher_power_law": "teacher, power law, 1,500 steps",
     "teacher_rank_48": "teacher, flat update of rank 48, 1,500 steps",
     "vit_clothes": "ViT, digits to clothes, 3,560 steps",
+    "imdb": "MiniLM, IMDB reviews, 1,250 steps",
 }
 DEFAULT = "adaptive"
 # Runs that have fewer than a million predictions, or than 1,000 steps.

@@ -20,6 +20,7 @@ from keras_srlora.adapters.others import check_finite_variables
 from keras_srlora.adapters.others import to_numpy
 from keras_srlora.adapters.others import trainable_beside
 from keras_srlora.backend.arguments import check_paths
+from keras_srlora.backend.interrupts import held_interrupts
 from keras_srlora.backend.keras_private.nesting import flatten_layers
 from keras_srlora.conversion.enable import convert_plain
 from keras_srlora.conversion.freezing import module_paths
@@ -145,7 +146,8 @@ def load_adapter(model: keras.Model, filepath) -> list:
     ```
     """
     checked = read_for(model, filepath)
-    return put_on(model, *checked)
+    with held_interrupts():
+        return put_on(model, *checked)
 
 
 def read_for(model, filepath, any_rank=False):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_srlora.backend import devices
+from keras_srlora.backend.interrupts import held_interrupts
 from keras_srlora.backend.keras_private.fit_state import (
     optimizer_trainable_variables,
 )
@@ -126,28 +127,21 @@ def recompose(
     )
     events, recomposed = [], []
     wanted = set(map(id, chosen))
-    for layer, scores in zip(scored, importance):
-        if id(layer) not in wanted:
-            continue
-        of_layer = recipe or layer.recipe
-        path = sensitivity.paths[id(layer)]
-        event = _recompose_layer(layer, path, of_layer, scores, step)
-        if event is None:
-            continue
-        events.append(event)
-        recomposed.append(layer)
-        correction = corrections.get(layer)
-        treatment = functools.partial(
-            of_layer.treat_slots, corrected=correction is not None
-        )
-        if correction and of_layer.restarts_bias_correction:
-            correction.ages.restart(layer, event.slots, correction.steps)
-        restarted = pairs.row_mask(layer.rank, list(event.slots))
-        for factor in layer.factors:
-            slots_of.restart_slots(
-                slots.get(id(factor), []), factor, restarted, treatment
-            )
-    sensitivity.reset(recomposed)
+    # No layer has a new kernel and old factors, or new pairs and old moments.
+    with held_interrupts():
+        for layer, scores in zip(scored, importance):
+            if id(layer) not in wanted:
+                continue
+            of_layer = recipe or layer.recipe
+            path = sensitivity.paths[id(layer)]
+            event = _recompose_layer(layer, path, of_layer, scores, step)
+            if event is None:
+                continue
+            events.append(event)
+            recomposed.append(layer)
+            correction = corrections.get(layer)
+            _restart_moments(layer, event, of_layer, slots, correction)
+        sensitivity.reset(recomposed)
     return events
 
 
@@ -297,6 +291,20 @@ def _recompose_layer(layer, path, recipe, scores, step):
         drift=drift,
         importance=tuple(map(float, scores)),
     )
+
+
+def _restart_moments(layer, event, recipe, slots, correction):
+    """Restarts what an optimizer remembers of pairs that were fused."""
+    if correction and recipe.restarts_bias_correction:
+        correction.ages.restart(layer, event.slots, correction.steps)
+    treatment = functools.partial(
+        recipe.treat_slots, corrected=correction is not None
+    )
+    restarted = pairs.row_mask(layer.rank, list(event.slots))
+    for factor in layer.factors:
+        slots_of.restart_slots(
+            slots.get(id(factor), []), factor, restarted, treatment
+        )
 
 
 def _skip(layer, step, reason):

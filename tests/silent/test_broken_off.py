@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 
 import keras
 import numpy as np
@@ -137,6 +138,74 @@ def test_a_switch_of_adapters_is_whole(change, rng, tmp_path, monkeypatch):
     keras_srlora.set_adapter(model, "b")
     assert_close(predicted(model, x), expected)
     change(model, tmp_path)
+
+
+# Ctrl-C itself, which waits until the operation is whole.
+
+
+def press_ctrl_c(monkeypatch, owner, name, at=2):
+    """Lets Ctrl-C arrive in the middle of one call of a function."""
+    function, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    return calls
+
+
+class PressCtrlC(keras.callbacks.Callback):
+    """Lets Ctrl-C arrive between a kernel and its factors, at a step."""
+
+    def __init__(self, monkeypatch, step):
+        super().__init__()
+        self.patch, self.step = monkeypatch, step
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == self.step:
+            press_ctrl_c(self.patch, frozen.FloatKernel, "store", at=1)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
+def test_all_layers_are_recomposed_in_spite_of_ctrl_c(rng, monkeypatch):
+    x, y = batch(rng, 32), batch(rng, 32)
+    models = [encoder(), encoder()]
+    for model in models:
+        convert(model)
+        model.compile(keras.optimizers.Adam(0.05), "mse")
+    # Two steps, and what the recomposition after them leaves as it is.
+    fit(models[0], (x[:16], y[:16]), epochs=1)
+    expected = called(models[0], x)
+    model = models[1]
+    callback = keras_srlora.RecompositionCallback(interval=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        fit(model, (x, y), [PressCtrlC(patch, 2), callback], epochs=1)
+    layers = [model.get_layer(name) for name in NAMES]
+    assert [len(layer.record.events) for layer in layers] == [1, 1]
+    assert_close(called(model, x), expected)
+    assert_close(predicted(model, x), expected)
+    fit(model, (x, y), [callback], epochs=1)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
+def test_a_loaded_adapter_is_whole_in_spite_of_ctrl_c(
+    rng, tmp_path, monkeypatch
+):
+    x, path = batch(rng), tmp_path / "a.safetensors"
+    model = tuned_encoder()
+    keras_srlora.save_adapter(model, path)
+    expected = called(model, x)
+    nudge([model.get_layer(name) for name in NAMES], seed=5)
+    assert differ(called(model, x), expected)
+    calls = press_ctrl_c(monkeypatch, pairs, "restore_adapter", at=1)
+    with pytest.raises(KeyboardInterrupt):
+        keras_srlora.load_adapter(model, path)
+    assert len(calls) == len(NAMES)
+    assert_close(called(model, x), expected)
+    assert_close(predicted(model, x), expected)
 
 
 # What nobody refuses inside of `adapter_disabled`, and would be lost.

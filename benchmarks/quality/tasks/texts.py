@@ -147,7 +147,25 @@ def newsgroups():
     )
 
 
+def imdb():
+    """2 classes; tens of thousands of examples, cut to their first words."""
+    texts, labels = data.imdb()
+    return text_task(
+        "imdb",
+        texts,
+        labels,
+        classes=2,
+        length=32,
+        layers=3,
+        epochs=1,
+        train=20_000,
+        validation=2_000,
+        test=3_000,
+    )
+
+
 TASKS = {
+    "imdb": imdb,
     "rotten_tomatoes": rotten_tomatoes,
     "bbc": bbc,
     "newsgroups": newsgroups,
