@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 import keras_srlora
@@ -217,3 +218,11 @@ def functions_reading(variables):
     """All living functions that read one of some variables."""
     found = living(*kinds_of_functions())
     return functions_that_read(variables, [x for kind in found for x in kind])
+
+
+def finite_stream(data):
+    """A tf.data.Dataset of unknown cardinality, on any backend."""
+    tf = pytest.importorskip("tensorflow")
+    x, y = data
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+    return dataset.filter(lambda *batch: True)

@@ -182,6 +182,10 @@ METHODS = {
     "adaptive_shared": srlora(
         dataclasses.replace(RECIPES["adaptive"], slots="shared")
     ),
+    # On small data sets, too.
+    "adaptive_repeated": srlora(
+        dataclasses.replace(RECIPES["adaptive"], lives_per_run=1)
+    ),
     "flat_loss": srlora(FLAT_LOSS),
     "restarts": changed(),
     "restarts_4r": changed(directions=4),

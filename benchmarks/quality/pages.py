@@ -1,5 +1,7 @@
 """The tables of the documentation, from the results."""
 
+import numpy as np
+
 from benchmarks.quality.comparison import FEWEST_SEEDS
 from benchmarks.quality.comparison import VERDICTS
 from benchmarks.quality.comparison import at_rate
@@ -74,6 +76,13 @@ PREDICTIONS = (
         "x:life=356,stop=.85,slots=scaled",
         0.01,
     ),
+)
+# Small data sets, many epochs: task, title, predictions of an epoch, epochs,
+# method, rate.
+REPEATED = (
+    ("code_small_8e", "GPT", 256_000, 8, "adaptive", 0.03),
+    ("code_small_1_18e", "GPT", 56_832, 18, "adaptive_repeated", 0.01),
+    ("vit_clothes_18e", "ViT", 56_960, 18, "adaptive_repeated", 0.01),
 )
 # Task, rank, rate: LoRA's best rates, and one below that of the GPT.
 PROTOTYPED = (
@@ -221,6 +230,29 @@ def predictions(done):
             a, b = (runs[0]["test_loss"] for runs in (lora, restarts))
             losses = [f"{a:.4f}", f"{b:.4f}", f"{100 * (b / a - 1):+.1f} %"]
             rows.append([title, f"{count:,}", f"{steps:,}", *losses])
+    return markdown(rows)
+
+
+def repeated(done):
+    """Losses where the same examples come in many epochs; rank 2."""
+    losses = [
+        f"{name}, {part}"
+        for name in ("LoRA", "with restarts")
+        for part in ("training", "test")
+    ]
+    rows = [["task", "predictions an epoch", "epochs", *losses, "seeds"]]
+    for task, title, count, epochs, method, rate in REPEATED:
+        lora, restarts = (
+            at_rate(done.get(task, {}), task, name, 2, rate)
+            for name in ("lora", method)
+        )
+        seeds = lora.keys() & restarts.keys()
+        means = [
+            f"{np.mean([runs[seed][part] for seed in seeds]):.4f}"
+            for runs in (lora, restarts)
+            for part in ("train_loss", "test_loss")
+        ]
+        rows.append([title, f"{count:,}", epochs, *means, len(seeds)])
     return markdown(rows)
 
 

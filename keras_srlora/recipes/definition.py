@@ -70,7 +70,8 @@ class Recipe:
         predictions_per_pair: int. Least number of predictions that a pair
             learns from: labels of a classification, tokens of a language model,
             values of a regression. `fit` counts them if the model's outputs and
-            Keras's losses determine their number.
+            Keras's losses determine their number. If `lives_per_run` is above
+            1, an epoch must have as many: no pair sees the same ones again.
         pair_life: float in [0, 1). Least part of the run for which a pair
             trains. The largest of the three minima applies: the lifetime.
         lives_per_run: int. Number of lifetimes that a run must last to
@@ -91,7 +92,8 @@ class Recipe:
     trains it for a thirtieth of the run, and at least for 200 steps and 200,000
     predictions, then fuses it and restarts its slot. The new pair trains as
     with a new optimizer. A run of fewer than 1,000 steps or 1,000,000
-    predictions is plain LoRA.
+    predictions is plain LoRA, and so is one whose epochs have fewer than
+    200,000 predictions.
 
     `recipe="lora_restarts"` restarts pairs in the same way in the first half of
     a run of any length. It uses each direction once, and zeroes all moments.

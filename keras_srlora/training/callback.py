@@ -27,8 +27,8 @@ class RecompositionCallback(keras.callbacks.Callback):
     `"adaptive"`, trains each pair for a thirtieth of the run, at least 200
     steps and 200,000 predictions (tokens, values or labels). Then it fuses the
     pair and restarts its slot, until 0.85 of the run. A run that is too short
-    for five such lifetimes is plain LoRA; if it has too few predictions, a
-    warning appears.
+    for five such lifetimes is plain LoRA. So is one whose epochs have fewer
+    than 200,000 predictions. If a run has too few of them, a warning appears.
 
     Expect a gain in long runs whose task needs an update of a higher rank. The
     length of a run is `epochs` times the steps of an epoch. If the data set has

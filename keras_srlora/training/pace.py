@@ -98,8 +98,19 @@ class Pace:
     def is_too_short(self) -> bool:
         """Whether the recipe leaves a run of this length alone."""
         lives = self.recipe.lives_per_run
+        if lives == 1 or self.interval is not None:
+            return False
         short = 0 < self.total_steps < lives * self.life
-        return short and lives > 1 and self.interval is None
+        return short or self._repeats_itself
+
+    @property
+    def _repeats_itself(self) -> bool:
+        """Whether a pair would learn from the same predictions again.
+
+        An epoch has fewer of them than a pair learns from.
+        """
+        of_epoch = self.state.epoch_steps * (self.state.predictions or 0)
+        return 0 < of_epoch < self.recipe.predictions_per_pair
 
     @property
     def wants_predictions(self) -> bool:
@@ -190,14 +201,28 @@ class Pace:
                     flush=True,
                 )
             return
+        predictions = self.state.predictions or 0
+        if self._repeats_itself:
+            reason = (
+                f"an epoch has {self.state.epoch_steps * predictions:,.0f} "
+                "predictions (labels, tokens or values), and a pair learns "
+                f"from {self.recipe.predictions_per_pair:,}, so it would learn "
+                "from the same ones again. Train with more data. If each epoch "
+                "brings new data, train with longer epochs."
+            )
+        else:
+            reason = (
+                f"a step learns from {predictions:g} predictions (labels, "
+                f"tokens or values), so that a pair trains for {self.life:.0f} "
+                f"steps, and the recipe needs {lives} lifetimes of a pair. "
+                f"Received: a run of {steps} steps. Train longer or with "
+                "larger batches."
+            )
         _warn(
-            "This run is plain LoRA, without recompositions: a step learns "
-            f"from {self.state.predictions:g} predictions (labels, tokens or "
-            f"values), so that a pair trains for {self.life:.0f} steps, and "
-            f"the recipe needs {lives} lifetimes of a pair. Received: a run of "
-            f"{steps} steps. Train longer or with larger batches. To recompose "
-            "all the same, pass `RecompositionCallback(interval=...)` or "
-            'another recipe, such as `recipe="lora_restarts"`.'
+            f"This run is plain LoRA, without recompositions: {reason} To "
+            "recompose all the same, pass "
+            "`RecompositionCallback(interval=...)` or another recipe, such as "
+            '`recipe="lora_restarts"`.'
         )
 
     def _make_schedule(self, step):

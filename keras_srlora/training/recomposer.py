@@ -58,8 +58,10 @@ class Recomposer:
             the recipe's gate and schedule. Defaults to `None`: the recipe's.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.
         predictions_per_step: int or `None`. How many labels, tokens or values
-            a step learns from. With few of them, a recipe fuses pairs later, or
-            trains plain LoRA. Defaults to `None`: their number plays no role.
+            a step learns from. With few, a recipe fuses pairs later, or trains
+            plain LoRA. Defaults to `None`: their number plays no role.
+        steps_per_epoch: int or `None`. Steps after which the data repeat. With
+            few predictions in them, a recipe trains plain LoRA.
         verbose: 0 or 1. With 1, prints a line for each recomposition.
 
     Attributes:
@@ -72,10 +74,9 @@ class Recomposer:
 
     Raises:
         ValueError: before anything changes, if there is no SRLoRA layer, one is
-            not built or is frozen, a kernel is not finite, the optimizer is not
-            supported or was built for other variables, the pairs did not start
-            as the recipe's do, or neither `total_steps` nor `interval` is
-            given.
+            not built or frozen, a kernel is not finite, the optimizer does not
+            fit, the pairs did not start as the recipe's do, or neither
+            `total_steps` nor `interval` is given.
     """
 
     def __init__(
@@ -88,9 +89,11 @@ class Recomposer:
         *,
         fusion_ratio: float | None = None,
         predictions_per_step: int | None = None,
+        steps_per_epoch: int | None = None,
         verbose: int = 0,
     ) -> None:
         preparation.check_length(total_steps, interval)
+        check_count("steps_per_epoch", steps_per_epoch, "steps", True)
         predictions = check_count(
             "predictions_per_step", predictions_per_step, "predictions", True
         )
@@ -114,14 +117,13 @@ class Recomposer:
         self.pace.total_steps = total_steps or 0
         self.restored = False  # whether a file was loaded since it was made
         self._verbose = verbose
-        self._begun = False
-        self._warned_of_exhausted = False
+        self._begun = self._warned_of_exhausted = False
         self._random: RandomState | None = None
         self._saved = self.layers[0].companions.attach(
             COMPANION, _SavedPart(self)
         )
         if total_steps != 0:
-            self.start(0)
+            self.start(0, int(steps_per_epoch or 0))
 
     # Each step.
 
@@ -183,15 +185,13 @@ class Recomposer:
     def restore(self, arrays: dict | None = None) -> None:
         """Resumes a saved run.
 
-        The state of a run is part of a weights file. `model.load_weights`
-        restores the run of an existing `Recomposer`. If you make the
-        `Recomposer` after loading, call `recomposer.restore()`. Continue the
-        loop with step `recomposer.steps_done`.
+        A weights file has the state of a run. `model.load_weights` restores the
+        run of an existing `Recomposer`. If you make it after loading, call
+        `recomposer.restore()`. Continue with step `recomposer.steps_done`.
 
         Args:
             arrays: dict that `to_arrays` returned. Defaults to `None`: the
-                state that was loaded with the layers before the `Recomposer`
-                was made.
+                state that was loaded before the `Recomposer` was made.
 
         Raises:
             ValueError: if there is nothing to restore, it is of another format,
@@ -201,9 +201,9 @@ class Recomposer:
             self._saved = arrays
         if not self._saved:
             raise ValueError(
-                "There is no saved run to resume: load the weights "
-                "that were saved in its middle first. Received: layers "
-                f"whose first is {self.layers[0].path!r}, without a run"
+                "There is no saved run to resume: load the weights that were "
+                "saved in its middle first. Received: layers whose first is "
+                f"{self.layers[0].path!r}, without a run"
             )
         self.resume(self.saved_state(with_gate=True))
 

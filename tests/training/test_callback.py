@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import dense_layer
 from support import effective
+from support import finite_stream
 from support import frozen_kernel
 from support import matrix
 from support import regression_data
@@ -107,14 +108,6 @@ def test_an_interrupted_run_goes_on_by_its_own_schedule(rng):
         )
         parts += steps_of(part)
     assert parts == steps_of(whole)
-
-
-def finite_stream(data):
-    """A tf.data.Dataset of unknown cardinality, on any backend."""
-    tf = pytest.importorskip("tensorflow")
-    x, y = data
-    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
-    return dataset.filter(lambda *batch: True)
 
 
 def fit_stream(model, data, callback, epochs):

@@ -1,8 +1,11 @@
 """The default recipe: long lives of pairs, and directions that come again."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
+from support import finite_stream
 from support import regression_data
 
 import keras_srlora
@@ -83,30 +86,58 @@ def test_a_short_run_is_left_alone_and_verbose_says_why(capsys):
 
 
 def test_a_life_has_a_least_number_of_predictions():
-    # Batches of 8 with 3 values each: 192 take 8 steps, 240 take 10.
-    for predictions, life in ((192, 8), (240, 10)):
+    # Batches of 8 with 3 values each: 144 take 6 steps, 192 take 8.
+    for predictions, life in ((144, 6), (192, 8)):
         recipe = quick(steps_per_pair=1, predictions_per_pair=predictions)
         events = fit(converted(recipe), RecompositionCallback(), 10)
         assert [e.step for e in events] == list(range(life // 2, 68, life // 2))
 
 
 def test_a_run_of_few_predictions_is_lora():
-    recipe = quick(predictions_per_pair=300)
+    recipe = quick(steps_per_pair=1, predictions_per_pair=192)
     model = converted(recipe)
-    # 80 steps of 24 predictions are not seven times 300.
+    # 48 steps of 24 predictions are not seven times 192.
     with pytest.warns(
-        UserWarning, match="from 24 .*for 12 steps.*7 lifetimes.*80"
+        UserWarning, match="from 24 .*for 8 steps.*7 lifetimes.*48"
     ):
-        assert fit(model, RecompositionCallback(), 10) == []
+        assert fit(model, RecompositionCallback(), 6) == []
     lora = converted(Recipe(start="lora"))
     data = regression_data(np.random.default_rng(0))
-    lora.fit(*data, batch_size=8, epochs=10, verbose=0)
+    lora.fit(*data, batch_size=8, epochs=6, verbose=0)
     for ours, theirs in zip(model.get_weights(), lora.get_weights()):
         # Another compiled step, which may add in another order.
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     # An interval is obeyed here as well.
     events = fit(converted(recipe), RecompositionCallback(interval=20), 6)
     assert [event.step for event in events] == [20, 40]
+
+
+def test_a_run_whose_epochs_have_few_predictions_is_lora():
+    # An epoch has 8 steps of 24 predictions.
+    recipe = quick(steps_per_pair=1, predictions_per_pair=193)
+    with pytest.warns(
+        UserWarning, match="an epoch has 192 .*learns from 193.*same ones again"
+    ):
+        assert fit(converted(recipe), RecompositionCallback(), 30) == []
+    events = fit(converted(recipe), RecompositionCallback(interval=20), 6)
+    assert [event.step for event in events] == [20, 40]
+    recipe = quick(steps_per_pair=1, predictions_per_pair=192)
+    assert fit(converted(recipe), RecompositionCallback(), 30)
+    # A recipe for runs of any length takes them as they are.
+    recipe = quick(predictions_per_pair=193, lives_per_run=1)
+    assert fit(converted(recipe), RecompositionCallback(), 30)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_an_epoch_of_unknown_length_is_counted_when_it_has_ended():
+    data = finite_stream(regression_data(np.random.default_rng(0)))
+    for predictions, recomposes in ((192, True), (193, False)):
+        recipe = quick(steps_per_pair=1, predictions_per_pair=predictions)
+        model, callback = converted(recipe), RecompositionCallback()
+        warns = pytest.warns(UserWarning, match="an epoch has 192")
+        with contextlib.nullcontext() if recomposes else warns:
+            model.fit(data, epochs=30, verbose=0, callbacks=[callback])
+        assert bool(callback.events) == recomposes
 
 
 def test_a_loss_of_ones_own_counts_steps_alone():

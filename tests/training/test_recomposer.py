@@ -119,6 +119,20 @@ def test_a_loop_says_how_many_predictions_a_step_learns_from():
     loop = Loop().begin(predictions_per_step=40, **arguments)
     loop.run(last=60)
     assert loop.steps == [25, 50]
+    # The data repeat: an epoch of 24 steps has 960 predictions.
+    with pytest.warns(UserWarning, match="an epoch has 960"):
+        short = Loop().begin(
+            predictions_per_step=40, steps_per_epoch=24, **arguments
+        )
+    short.run()
+    assert short.steps == []
+    loop = Loop().begin(
+        predictions_per_step=40, steps_per_epoch=25, **arguments
+    )
+    loop.run(last=60)
+    assert loop.steps == [25, 50]
+    with pytest.raises(ValueError, match="steps_per_epoch.*Received"):
+        Loop().begin(steps_per_epoch=0, **arguments)
     with pytest.raises(ValueError, match="predictions_per_step.*Received"):
         Loop().begin(predictions_per_step=0, **arguments)
 

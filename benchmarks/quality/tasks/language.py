@@ -146,4 +146,8 @@ TASKS = {
     "code_small_2": functools.partial(small, 2000, batch_size=2),
     "code_small_4": functools.partial(small, 2000, batch_size=4),
     "code_small_1_16000": functools.partial(small, 16_000, batch_size=1),
+    # The same, of few different texts.
+    "code_small_1_18e": functools.partial(
+        small, 16_000, batch_size=1, epochs=18
+    ),
 }
