@@ -35,7 +35,7 @@ HEADINGS = {
     "flat_loss": "behind a gate",
 }
 CURVE = (1, 2, 4, 8, 16, 32, 64)
-LONG_CURVES = ("code_small", "code_6000_small")
+LONG_CURVES = ("code_small", "code_6000_small", "imdb")
 # Long runs with plenty of data, the default at LoRA's own best learning rate.
 LONG = {
     "code_small": "GPT, reviews to source code, 2,000 steps",
