@@ -49,10 +49,7 @@ class Child:
 
 
 def optimize_no_graphs():
-    """Most of a small graph's time on TensorFlow is its optimization.
-
-    A process does so before it compiles anything.
-    """
+    """Turns off what takes most of the time of a small TensorFlow graph."""
     import keras
 
     if keras.backend.backend() == "tensorflow":

@@ -29,17 +29,27 @@ from keras_srlora.layers import pairs
 ERRORS = [(1, KeyboardInterrupt), (2, MemoryError)]
 
 
-def break_off(monkeypatch, owner, name, error, at=2):
-    """Lets a function raise in one of its calls, and no more after that."""
+def before_call(monkeypatch, owner, name, at, action):
+    """Runs an action before one call of a function; returns all calls."""
     function, calls = getattr(owner, name), []
 
     def counted(*args, **kwargs):
         calls.append(name)
         if len(calls) == at:
-            raise error("in the middle")
+            action()
         return function(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def break_off(monkeypatch, owner, name, error, at=2):
+    """Lets a function raise in one of its calls, and no more after that."""
+
+    def fail():
+        raise error("in the middle")
+
+    before_call(monkeypatch, owner, name, at, fail)
 
 
 def recomposed(rng, recipe="paper", seed=7):
@@ -143,22 +153,17 @@ def test_a_switch_of_adapters_is_whole(change, rng, tmp_path, monkeypatch):
 # Ctrl-C itself, which waits until the operation is whole.
 
 
-def press_ctrl_c(monkeypatch, owner, name, at=2):
-    """Lets Ctrl-C arrive in the middle of one call of a function."""
-    function, calls = getattr(owner, name), []
+def press_ctrl_c(monkeypatch, owner, name):
+    """Lets Ctrl-C arrive at the first call of a function."""
 
-    def interrupted(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == at:
-            signal.raise_signal(signal.SIGINT)
-        return function(*args, **kwargs)
+    def press():
+        signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(owner, name, interrupted)
-    return calls
+    return before_call(monkeypatch, owner, name, 1, press)
 
 
 class PressCtrlC(keras.callbacks.Callback):
-    """Lets Ctrl-C arrive between a kernel and its factors, at a step."""
+    """Lets Ctrl-C arrive while the first layer is recomposed, at a step."""
 
     def __init__(self, monkeypatch, step):
         super().__init__()
@@ -166,7 +171,7 @@ class PressCtrlC(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if batch == self.step:
-            press_ctrl_c(self.patch, frozen.FloatKernel, "store", at=1)
+            press_ctrl_c(self.patch, frozen.FloatKernel, "store")
 
 
 @pytest.mark.usefixtures("ctrl_c_raises")
@@ -200,7 +205,7 @@ def test_a_loaded_adapter_is_whole_in_spite_of_ctrl_c(
     expected = called(model, x)
     nudge([model.get_layer(name) for name in NAMES], seed=5)
     assert differ(called(model, x), expected)
-    calls = press_ctrl_c(monkeypatch, pairs, "restore_adapter", at=1)
+    calls = press_ctrl_c(monkeypatch, pairs, "restore_adapter")
     with pytest.raises(KeyboardInterrupt):
         keras_srlora.load_adapter(model, path)
     assert len(calls) == len(NAMES)
