@@ -157,6 +157,14 @@ FLAT_LOSS = dataclasses.replace(
     RECIPES["lora_restarts"], gate="flat_loss", stop=0.8
 )
 
+# The default with longer lifetimes, as it was at first.
+ADAPTIVE_200 = dataclasses.replace(
+    RECIPES["adaptive"],
+    steps_per_pair=200,
+    predictions_per_pair=200_000,
+    lives_per_run=5,
+)
+
 # Evenly to the end of the run; the variants change one thing at a time.
 RESTARTS = dataclasses.replace(
     RECIPES["lora_restarts"], stop=1.0, steps_per_pair=1
@@ -179,12 +187,17 @@ METHODS = {
     "paper": srlora(RECIPES["paper"]),
     "lora_restarts": srlora(RECIPES["lora_restarts"]),
     "adaptive": srlora(RECIPES["adaptive"]),
+    "adaptive_200": srlora(ADAPTIVE_200),
     "adaptive_shared": srlora(
-        dataclasses.replace(RECIPES["adaptive"], slots="shared")
+        dataclasses.replace(ADAPTIVE_200, slots="shared")
+    ),
+    # In runs of any length.
+    "adaptive_any": srlora(
+        dataclasses.replace(RECIPES["adaptive"], lives_per_run=1)
     ),
     # On small data sets, too.
     "adaptive_repeated": srlora(
-        dataclasses.replace(RECIPES["adaptive"], lives_per_run=1)
+        dataclasses.replace(ADAPTIVE_200, lives_per_run=1)
     ),
     "flat_loss": srlora(FLAT_LOSS),
     "restarts": changed(),

@@ -35,18 +35,19 @@ HEADINGS = {
     "flat_loss": "behind a gate",
 }
 CURVE = (1, 2, 4, 8, 16, 32, 64)
-LONG_CURVES = ("code_small", "code_6000_small", "imdb")
+LONG_CURVES = ("code_small", "code_6000_small", "posts_small", "imdb")
 # Long runs with plenty of data, the default at LoRA's own best learning rate.
 LONG = {
-    "code_small": "GPT, reviews to source code, 2,000 steps",
-    "code_small_8e": "the same, an eighth of the text, 8 epochs",
-    "code_6000_small": "the same, 6,000 steps",
-    "smollm2": "SmolLM2, two of its layers, to source code, 1,200 steps",
+    "code_small": "GPT, source code, 2,000 steps",
+    "code_small_8e": "GPT, an eighth of it, 8 epochs",
+    "code_6000_small": "GPT, source code, 6,000 steps",
+    "posts_small": "GPT, newsgroups, 2,000 steps",
+    "smollm2": "SmolLM2, source code, 1,200 steps",
     "autoencoder_digits": "autoencoder, 1,488 steps",
     "teacher_power_law": "teacher, power law, 1,500 steps",
-    "teacher_rank_48": "teacher, flat update of rank 48, 1,500 steps",
-    "vit_clothes": "ViT, digits to clothes, 3,560 steps",
-    "imdb": "MiniLM, IMDB reviews, 1,250 steps",
+    "teacher_rank_48": "teacher of rank 48, 1,500 steps",
+    "vit_clothes": "ViT, clothes, 3,560 steps",
+    "imdb": "MiniLM, IMDB, 1,250 steps",
 }
 DEFAULT = "adaptive"
 # Runs that have fewer than a million predictions, or than 1,000 steps.
@@ -77,6 +78,9 @@ PREDICTIONS = (
         0.01,
     ),
 )
+# Short runs at several ranks: task, steps, ranks and LoRA's best rates there.
+AT_RATES = ((2, 0.03), (4, 0.03), (8, 0.01))
+RANKS = (("code_small_1000", 1000), ("code_small", 2000))
 # Small data sets, many epochs: task, title, predictions of an epoch, epochs,
 # method, rate.
 REPEATED = (
@@ -230,6 +234,21 @@ def predictions(done):
             a, b = (runs[0]["test_loss"] for runs in (lora, restarts))
             losses = [f"{a:.4f}", f"{b:.4f}", f"{100 * (b / a - 1):+.1f} %"]
             rows.append([title, f"{count:,}", f"{steps:,}", *losses])
+    return markdown(rows)
+
+
+def by_rank(done):
+    """What restarts gain or cost, by the rank; the first seed of the GPT."""
+    rows = [["steps", "rank", "LoRA", "with restarts", "change"]]
+    for task, steps in RANKS:
+        for rank, rate in AT_RATES:
+            lora, restarts, default = (
+                at_rate(done[task], task, name, rank, rate)
+                for name in ("lora", "adaptive_any", DEFAULT)
+            )
+            a, b = (x[0]["test_loss"] for x in (lora, restarts or default))
+            losses = [f"{a:.4f}", f"{b:.4f}", f"{100 * (b / a - 1):+.1f} %"]
+            rows.append([f"{steps:,}", rank, *losses])
     return markdown(rows)
 
 

@@ -65,8 +65,10 @@ class Recipe:
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
         steps_per_pair: int. Least number of steps for which a pair trains
-            before its slot restarts. A run that is too short for all directions
-            recomposes less often, and does not visit all of them.
+            before its slot restarts. The first recomposition comes after a
+            part `fusion_ratio` of it, so that not all pairs of a layer are new
+            at once. A run that is too short for all directions recomposes less
+            often, and does not visit all of them.
         predictions_per_pair: int. Least number of predictions that a pair
             learns from: labels of a classification, tokens of a language model,
             values of a regression. `fit` counts them if the model's outputs and
@@ -77,6 +79,10 @@ class Recipe:
         lives_per_run: int. Number of lifetimes that a run must last to
             recompose at all. A shorter run is plain LoRA (or PiSSA, with
             `start="pissa"`). With `1`, any run recomposes.
+        predictions_per_slot: int. Least number of predictions that a run has
+            for each slot of a layer (on the average, if layers have different
+            ranks), if `lives_per_run` is above 1. A run of fewer is plain LoRA:
+            the higher the rank, the less a short run gains from new pairs.
         reuse_directions: bool. Whether a run begins again with the first
             directions once it has used all of them. For pairs that subtract
             nothing (`start="lora"`, `scale="as_lora"`).
@@ -89,11 +95,12 @@ class Recipe:
     2505.12433, section 3); the paper does not define `slots`.
 
     Layers use `recipe="adaptive"` by default. It starts each pair as LoRA does,
-    trains it for a thirtieth of the run, and at least for 200 steps and 200,000
+    trains it for a thirtieth of the run, and at least for 125 steps and 125,000
     predictions, then fuses it and restarts its slot. The new pair trains as
     with a new optimizer. A run of fewer than 1,000 steps or 1,000,000
-    predictions is plain LoRA, and so is one whose epochs have fewer than
-    200,000 predictions.
+    predictions is plain LoRA. So is one of fewer than 250,000 predictions for
+    each slot of a layer (2,000,000 at rank 8), and one whose epochs have fewer
+    than 125,000 predictions.
 
     `recipe="lora_restarts"` restarts pairs in the same way in the first half of
     a run of any length. It uses each direction once, and zeroes all moments.
@@ -124,6 +131,7 @@ class Recipe:
     predictions_per_pair: int = 1
     pair_life: float = 0.0
     lives_per_run: int = 1
+    predictions_per_slot: int = 1
     reuse_directions: bool = False
     stop: float = 1.0
     beta1: float = 0.85
@@ -149,6 +157,7 @@ class Recipe:
             ("steps_per_pair", "steps"),
             ("predictions_per_pair", "predictions"),
             ("lives_per_run", "lives"),
+            ("predictions_per_slot", "predictions"),
         ):
             count = check_count(field, getattr(self, field), unit)
             object.__setattr__(self, field, count)
@@ -291,11 +300,12 @@ RECIPES = {
         LORA_RESTARTS,
         slots="new_optimizer",
         schedule="by_life",
-        steps_per_pair=200,
+        steps_per_pair=125,
         pair_life=1 / 30,
         turns=6,
-        predictions_per_pair=200_000,
-        lives_per_run=5,
+        predictions_per_pair=125_000,
+        lives_per_run=8,
+        predictions_per_slot=250_000,
         reuse_directions=True,
         stop=0.85,
     ),

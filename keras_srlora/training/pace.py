@@ -11,6 +11,9 @@ import numpy as np
 
 from keras_srlora.backend import devices
 from keras_srlora.recipes.definition import Recipe
+from keras_srlora.recipes.run_length import RunLength
+from keras_srlora.recipes.run_length import Shortage
+from keras_srlora.recipes.run_length import find_shortage
 from keras_srlora.recipes.schedule import Schedule
 from keras_srlora.training.recomposition import Work
 from keras_srlora.training.run_state import RunState
@@ -27,6 +30,7 @@ class Pace:
         interval: int or `None`. Steps between two recompositions; with a number
             the recipe's gate is left out.
         work: function without arguments that returns the `Work` that is left.
+        rank: float. Pairs of a layer, on the average.
         verbose: 0 or 1. With 1, its decisions are printed.
         predictions: how many a step learns from; `None` while unknown.
 
@@ -40,6 +44,7 @@ class Pace:
         recipe: Recipe,
         interval: int | None,
         work: Callable[[], Work],
+        rank: float,
         verbose: int = 0,
         predictions: float | None = None,
     ):
@@ -48,6 +53,7 @@ class Pace:
         self.total_steps = 0
         self.state = RunState()
         self._work = work
+        self._rank = rank
         self._verbose = verbose
         self._predictions = predictions
         self._started = 0
@@ -95,35 +101,37 @@ class Pace:
         return self.recipe.life(self.total_steps, self.state.predictions)
 
     @property
-    def is_too_short(self) -> bool:
-        """Whether the recipe leaves a run of this length alone."""
-        lives = self.recipe.lives_per_run
-        if lives == 1 or self.interval is not None:
-            return False
-        short = 0 < self.total_steps < lives * self.life
-        return short or self._repeats_itself
-
-    @property
-    def _repeats_itself(self) -> bool:
-        """Whether a pair would learn from the same predictions again.
-
-        An epoch has fewer of them than a pair learns from.
-        """
-        of_epoch = self.state.epoch_steps * (self.state.predictions or 0)
-        return 0 < of_epoch < self.recipe.predictions_per_pair
+    def shortage(self) -> Shortage | None:
+        """Why the recipe leaves a run of this length alone, if it does."""
+        if self.interval is not None:
+            return None
+        state = self.state
+        return find_shortage(
+            self.recipe,
+            RunLength(
+                self.total_steps,
+                state.epoch_steps,
+                state.predictions or 0,
+                self._rank,
+            ),
+        )
 
     @property
     def wants_predictions(self) -> bool:
         """Whether the number of predictions is to be reported."""
-        asks = self.recipe.predictions_per_pair > 1 and self.interval is None
-        return asks and self.state.predictions is None
+        recipe = self.recipe
+        asks = recipe.predictions_per_pair > 1 or (
+            recipe.predictions_per_slot > 1 and recipe.lives_per_run > 1
+        )
+        known = self.state.predictions is not None
+        return asks and not known and self.interval is None
 
     def report_predictions(self, predictions: float | None) -> None:
         """Says how many a step learns from; `None`: no one knows.
 
         It comes after the first step of a run, when nothing is recomposed yet.
         """
-        known_short = self.is_too_short
+        known_short = self.shortage is not None
         self.state.predictions = predictions or 0
         if predictions and self.total_steps and not known_short:
             self._start_schedule(self._started)
@@ -178,8 +186,9 @@ class Pace:
         self._started = step
         self.state.schedule = Schedule(origin=step, recomposed_at=step)
         self.state.gate = None
-        if self.is_too_short:
-            self._tell_of_lora()
+        shortage = self.shortage
+        if shortage is not None:
+            self._tell_of_lora(shortage)
             return
         gate = self.recipe.gate_class
         if gate is None or self.interval is not None:
@@ -189,41 +198,17 @@ class Pace:
                 self.total_steps, step, self.recipe.steps_per_pair
             )
 
-    def _tell_of_lora(self):
+    def _tell_of_lora(self, shortage):
         """Prints that a run has few steps; warns where it is predictions."""
-        lives, steps = self.recipe.lives_per_run, self.total_steps
-        if steps < lives * self.recipe.life(steps):
-            if self._verbose:
-                print(
-                    f"\nThis run is plain LoRA: it has {steps} steps, and the "
-                    f"recipe needs {lives} lifetimes of a pair, "
-                    f"{self.life:.0f} steps each.",
-                    flush=True,
-                )
-            return
-        predictions = self.state.predictions or 0
-        if self._repeats_itself:
-            reason = (
-                f"an epoch has {self.state.epoch_steps * predictions:,.0f} "
-                "predictions (labels, tokens or values), and a pair learns "
-                f"from {self.recipe.predictions_per_pair:,}, so it would learn "
-                "from the same ones again. Train with more data. If each epoch "
-                "brings new data, train with longer epochs."
+        if not shortage.of_steps:
+            _warn(
+                "This run is plain LoRA, without recompositions: "
+                f"{shortage.reason} To recompose all the same, pass "
+                "`RecompositionCallback(interval=...)` or another recipe, such "
+                'as `recipe="lora_restarts"`.'
             )
-        else:
-            reason = (
-                f"a step learns from {predictions:g} predictions (labels, "
-                f"tokens or values), so that a pair trains for {self.life:.0f} "
-                f"steps, and the recipe needs {lives} lifetimes of a pair. "
-                f"Received: a run of {steps} steps. Train longer or with "
-                "larger batches."
-            )
-        _warn(
-            f"This run is plain LoRA, without recompositions: {reason} To "
-            "recompose all the same, pass "
-            "`RecompositionCallback(interval=...)` or another recipe, such as "
-            '`recipe="lora_restarts"`.'
-        )
+        elif self._verbose:
+            print(f"\nThis run is plain LoRA: {shortage.reason}", flush=True)
 
     def _make_schedule(self, step):
         """Spreads the recompositions that are left over the rest of the run."""

@@ -111,17 +111,17 @@ class Recomposer:
             self.sensitivity.paths = layer_paths(self._model)
         preparation.start_layers(self.layers, self.recipe)
         self.events: list[Recomposition] = []
+        rank = sum(layer.rank for layer in self.layers) / len(self.layers)
         self.pace = Pace(
-            self.recipe, interval, self._work_left, verbose, predictions
+            self.recipe, interval, self._work_left, rank, verbose, predictions
         )
         self.pace.total_steps = total_steps or 0
         self.restored = False  # whether a file was loaded since it was made
         self._verbose = verbose
         self._begun = self._warned_of_exhausted = False
         self._random: RandomState | None = None
-        self._saved = self.layers[0].companions.attach(
-            COMPANION, _SavedPart(self)
-        )
+        part = _SavedPart(self)
+        self._saved = self.layers[0].companions.attach(COMPANION, part)
         if total_steps != 0:
             self.start(0, int(steps_per_epoch or 0))
 

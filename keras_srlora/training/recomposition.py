@@ -90,7 +90,8 @@ def recompose(
         List of `Recomposition`, one for each layer that was recomposed.
 
     Raises:
-        ValueError: before anything changes, if a layer was not decomposed.
+        ValueError: before anything changes, if a layer was not decomposed, or
+            not scored.
         RuntimeError: before anything changes, if the processes of
             `torch.distributed` have scored different gradients.
 
@@ -104,9 +105,15 @@ def recompose(
         keras_srlora.recompose(optimizer.sensitivity, optimizer, step)
     ```
     """
-    scored, step = sensitivity.layers, int(step)
-    chosen = scored if layers is None else layers
-    for layer in chosen:
+    step = int(step)
+    layers = sensitivity.layers if layers is None else layers
+    scored = set(map(id, sensitivity.layers))
+    for layer in layers:
+        if id(layer) not in scored:
+            raise ValueError(
+                f"Layer {layer.path!r} has no scores. Pass layers that are "
+                "in `sensitivity.layers`."
+            )
         if not layer.initialized:
             raise ValueError(
                 f"The kernel of layer {layer.path!r} was not decomposed yet: "
@@ -114,11 +121,11 @@ def recompose(
                 "`keras_srlora.initialize_factors(model)` before training."
             )
     recipe = None if recipe is None else get_recipe(recipe)
-    slots = _find_slots(optimizer, chosen)
+    slots = _find_slots(optimizer, layers)
     corrections = find_corrections(optimizer)
     importance = devices.agree(
-        sensitivity.importance(recipe),
-        [layer.path for layer in scored],
+        sensitivity.importance(recipe, layers),
+        [layer.path for layer in layers],
         "scores: each has scored the gradient of its own examples, or another "
         "model. Average the gradients over the processes before they are "
         "scored, as `DistributedDataParallel` does in a loop, and hooks of the "
@@ -126,12 +133,9 @@ def recompose(
         "has them).",
     )
     events, recomposed = [], []
-    wanted = set(map(id, chosen))
     # No layer has a new kernel and old factors, or new pairs and old moments.
     with held_interrupts():
-        for layer, scores in zip(scored, importance):
-            if id(layer) not in wanted:
-                continue
+        for layer, scores in zip(layers, importance):
             of_layer = recipe or layer.recipe
             path = sensitivity.paths[id(layer)]
             event = _recompose_layer(layer, path, of_layer, scores, step)

@@ -143,17 +143,21 @@ class Sensitivity:
             ],
         )
 
-    def importance(self, recipe: Recipe | None = None) -> list:
-        """Returns the importance of each pair of each layer.
+    def importance(
+        self, recipe: Recipe | None = None, layers: list | None = None
+    ) -> list:
+        """Returns the importance of each pair of some layers.
 
         Args:
             recipe: the `Recipe` whose score is taken. Defaults to `None`: that
                 of each layer.
+            layers: list of the layers. Defaults to `None`: all of them.
 
         Returns:
             List of float32 NumPy arrays of shape `(rank,)`, one for each layer.
             They are read from the device in one transfer.
         """
+        layers = self.layers if layers is None else layers
         values = [ops.convert_to_tensor(v) for v in self.variables]
         scores = [
             ops.cast(
@@ -165,9 +169,9 @@ class Sensitivity:
                 ),
                 "float32",
             )
-            for layer in self.layers
+            for layer in layers
         ]
-        ends = np.cumsum([layer.rank for layer in self.layers])[:-1]
+        ends = np.cumsum([layer.rank for layer in layers])[:-1]
         scores = ops.stop_gradient(ops.concatenate(scores))
         return np.split(devices.to_numpy(scores), ends)
 

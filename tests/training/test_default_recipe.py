@@ -47,6 +47,7 @@ def quick(**changes):
         "steps_per_pair": 8,
         "predictions_per_pair": 1,
         "lives_per_run": 7,
+        "predictions_per_slot": 1,
         "turns": 1,
     }
     return Recipe(**{**RECIPES["adaptive"].to_dict(), **small, **changes})
@@ -110,6 +111,23 @@ def test_a_run_of_few_predictions_is_lora():
     # An interval is obeyed here as well.
     events = fit(converted(recipe), RecompositionCallback(interval=20), 6)
     assert [event.step for event in events] == [20, 40]
+
+
+def test_a_run_of_few_predictions_for_its_rank_is_lora():
+    # 80 steps of 24 predictions are 960 for each of two pairs.
+    recipe = quick(predictions_per_slot=961)
+    with pytest.warns(
+        UserWarning, match="1,920 .*needs 961 for each pair.*2 pairs in a layer"
+    ):
+        assert fit(converted(recipe), RecompositionCallback(), 10) == []
+    events = fit(converted(recipe), RecompositionCallback(interval=20), 6)
+    assert [event.step for event in events] == [20, 40]
+    for rank, least in ((2, 960), (1, 1920)):
+        recipe = quick(predictions_per_slot=least)
+        assert fit(converted(recipe, rank), RecompositionCallback(), 10)
+    # A recipe for runs of any length takes them as they are.
+    recipe = quick(predictions_per_slot=10**9, lives_per_run=1)
+    assert fit(converted(recipe), RecompositionCallback(), 10)
 
 
 def test_a_run_whose_epochs_have_few_predictions_is_lora():

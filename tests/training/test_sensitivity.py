@@ -8,6 +8,7 @@ import pytest
 import reference
 from keras import ops
 from support import Recorder
+from support import converted_model
 from support import dense_layer
 from support import matrix
 from support import regression_data
@@ -218,6 +219,37 @@ def test_importance_equals_numpy(rng):
         to_numpy(s.uncertainty_b),
     )
     np.testing.assert_allclose(sensitivity.importance()[0], expected, rtol=1e-5)
+
+
+def test_some_layers_have_the_scores_that_they_have_among_all(rng):
+    model = converted_model("adam")
+    keras_srlora.initialize_factors(model)
+    optimizer = keras_srlora.SensitivityOptimizer(model.optimizer, model)
+    model.compile(optimizer, "mse")
+    model.fit(*regression_data(rng), verbose=0)
+    sensitivity = optimizer.sensitivity
+    first, second = sensitivity.importance()
+    for layers, expected in (
+        (sensitivity.layers[1:], [second]),
+        (sensitivity.layers[::-1], [second, first]),
+    ):
+        found = sensitivity.importance(layers=layers)
+        for scores, of_layer in zip(found, expected, strict=True):
+            assert of_layer.max() > 0
+            np.testing.assert_array_equal(scores, of_layer)
+
+
+def test_recomposing_a_layer_without_scores_is_refused(rng):
+    layers = [
+        dense_layer(matrix("gaussian", 10, 6, rng), rank=2) for _ in range(2)
+    ]
+    sensitivity = keras_srlora.Sensitivity(layers[:1])
+    before = [to_numpy(v) for layer in layers for v in layer.weights]
+    with pytest.raises(ValueError, match="has no scores"):
+        keras_srlora.recompose(sensitivity, layers=layers)
+    after = [to_numpy(v) for layer in layers for v in layer.weights]
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -1,4 +1,4 @@
-"""A causal language model of bytes, from film reviews to source code."""
+"""A causal language model of bytes: from film reviews to other texts."""
 
 import functools
 import pathlib
@@ -100,8 +100,20 @@ def pretrain_gpt(width, folder):
     model.save_weights(folder / "gpt.weights.h5")
 
 
-def code(steps, width=96, batch_size=BATCH_SIZE, epochs=1):
-    """A GPT adapted to Python's standard library; no new head.
+def newsgroups():
+    """Posts of newsgroups, one a line: letters without punctuation.
+
+    Three texts: to train, to validate and to test on, of different posts.
+    """
+    posts = [post.encode() for post in data.newsgroups("train")[0]]
+    others = [post.encode() for post in data.newsgroups("test")[0]]
+    middle = len(others) // 2
+    parts = posts, others[:middle], others[middle:]
+    return tuple(b"\n".join(part) for part in parts)
+
+
+def adaptation(corpus, steps, width=96, batch_size=BATCH_SIZE, epochs=1):
+    """A GPT adapted to the texts that `corpus()` returns; no new head.
 
     As many bytes a window as the model is wide. With more epochs the steps are
     as many, and the text is shorter.
@@ -109,7 +121,7 @@ def code(steps, width=96, batch_size=BATCH_SIZE, epochs=1):
     folder = data.fetched(
         f"gpt-{width}-reviews", functools.partial(pretrain_gpt, width)
     )
-    train, validation, test = source_code()
+    train, validation, test = corpus()
     x, y = byte_windows(train, width)
     epochs = max(epochs, -(-steps * batch_size // len(x)))
     count = steps // epochs * batch_size
@@ -134,13 +146,16 @@ def code(steps, width=96, batch_size=BATCH_SIZE, epochs=1):
     )
 
 
+code = functools.partial(adaptation, source_code)
 small = functools.partial(code, width=64)
 TASKS = {
     "code": functools.partial(code, 2000),
+    "code_small_1000": functools.partial(small, 1000),
     "code_6000": functools.partial(code, 6000),
     "code_small": functools.partial(small, 2000),
     "code_6000_small": functools.partial(small, 6000),
     "code_small_8e": functools.partial(small, 2000, epochs=8),
+    "posts_small": functools.partial(adaptation, newsgroups, 2000, width=64),
     # Few predictions a step.
     "code_small_1": functools.partial(small, 2000, batch_size=1),
     "code_small_2": functools.partial(small, 2000, batch_size=2),

@@ -1,0 +1,98 @@
+"""Whether a run is long enough to recompose, by a recipe's minima."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from keras_srlora.recipes.definition import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLength:
+    """How long a run is; 0 for what is not known.
+
+    Attributes:
+        steps: of the run.
+        epoch_steps: steps of an epoch.
+        predictions: from which a step learns.
+        rank: pairs of a layer, on the average.
+    """
+
+    steps: int
+    epoch_steps: int
+    predictions: float
+    rank: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortage:
+    """Why a run is too short.
+
+    Attributes:
+        of_steps: whether it has too few steps; else it is predictions.
+        reason: what was received, and what the recipe needs.
+    """
+
+    of_steps: bool
+    reason: str
+
+
+def find_shortage(recipe: Recipe, run: RunLength) -> Shortage | None:
+    """What a run has too little of; `None` if it is long enough.
+
+    A recipe with `lives_per_run=1` takes any run.
+    """
+    lives = recipe.lives_per_run
+    if lives == 1:
+        return None
+    life = recipe.life(run.steps)
+    if 0 < run.steps < lives * life:
+        return Shortage(
+            True,
+            f"it has {run.steps} steps, and the recipe needs {lives} lifetimes "
+            f"of a pair, {life:.0f} steps each.",
+        )
+    reason = (
+        _repeats(recipe, run) or _too_few(recipe, run) or _of_rank(recipe, run)
+    )
+    return Shortage(False, reason) if reason else None
+
+
+def _repeats(recipe, run):
+    """A pair would learn from the same predictions again."""
+    of_epoch = run.epoch_steps * run.predictions
+    if not 0 < of_epoch < recipe.predictions_per_pair:
+        return ""
+    return (
+        f"an epoch has {of_epoch:,.0f} predictions (labels, tokens or values), "
+        f"and a pair learns from {recipe.predictions_per_pair:,}, so it would "
+        "learn from the same ones again. Train with more data. If each epoch "
+        "brings new data, train with longer epochs."
+    )
+
+
+def _too_few(recipe, run):
+    """There are too few of them for so many lifetimes."""
+    lives = recipe.lives_per_run
+    life = recipe.life(run.steps, run.predictions)
+    if not 0 < run.steps < lives * life:
+        return ""
+    return (
+        f"a step learns from {run.predictions:g} predictions (labels, tokens "
+        f"or values), so that a pair trains for {life:.0f} steps, and the "
+        f"recipe needs {lives} lifetimes of a pair. Received: a run of "
+        f"{run.steps} steps. Train longer or with larger batches."
+    )
+
+
+def _of_rank(recipe, run):
+    """There are too few of them for so many pairs."""
+    of_run, needed = run.steps * run.predictions, recipe.predictions_per_slot
+    if not 0 < of_run < run.rank * needed:
+        return ""
+    return (
+        f"it has {of_run:,.0f} predictions (labels, tokens or values), and "
+        f"the recipe needs {needed:,} for each pair of a layer. Received: "
+        f"{run.rank:g} pairs in a layer. Train longer or with larger batches, "
+        "or take a smaller rank."
+    )
