@@ -120,6 +120,9 @@ def recompose(
                 "there are no directions to restart along. Call "
                 "`keras_srlora.initialize_factors(model)` before training."
             )
+    if not layers:
+        # More groups of layers than layers: it is the turn of none.
+        return []
     recipe = None if recipe is None else get_recipe(recipe)
     slots = _find_slots(optimizer, layers)
     corrections = find_corrections(optimizer)

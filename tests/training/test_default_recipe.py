@@ -253,6 +253,11 @@ def test_layers_take_turns():
     events = turns_of(fit(three_layers(recipe), RecompositionCallback(), 5))
     expected = [(s, f"in_{(s - 6) // 2 % 3}") for s in range(6, 34, 2)]
     assert events == expected
+    # With more groups than layers, some turns are of none.
+    recipe = quick(steps_per_pair=12, turns=6, lives_per_run=1)
+    events = turns_of(fit(three_layers(recipe), RecompositionCallback(), 5))
+    turns = [(s, s - 6) for s in range(6, 34) if (s - 6) % 6 < 3]
+    assert events == [(s, f"in_{n % 6}") for s, n in turns]
     # An interval is one for all layers.
     events = fit(three_layers(recipe), RecompositionCallback(interval=30), 5)
     assert turns_of(events) == [(30, f"in_{i}") for i in range(3)]
