@@ -157,12 +157,12 @@ FLAT_LOSS = dataclasses.replace(
     RECIPES["lora_restarts"], gate="flat_loss", stop=0.8
 )
 
-# The default with longer lifetimes, as it was at first.
-ADAPTIVE_200 = dataclasses.replace(
+# The default with shorter lifetimes, in runs of any length.
+ADAPTIVE_125 = dataclasses.replace(
     RECIPES["adaptive"],
-    steps_per_pair=200,
-    predictions_per_pair=200_000,
-    lives_per_run=5,
+    steps_per_pair=125,
+    predictions_per_pair=125_000,
+    lives_per_run=1,
 )
 
 # Evenly to the end of the run; the variants change one thing at a time.
@@ -187,17 +187,13 @@ METHODS = {
     "paper": srlora(RECIPES["paper"]),
     "lora_restarts": srlora(RECIPES["lora_restarts"]),
     "adaptive": srlora(RECIPES["adaptive"]),
-    "adaptive_200": srlora(ADAPTIVE_200),
+    "adaptive_125": srlora(ADAPTIVE_125),
     "adaptive_shared": srlora(
-        dataclasses.replace(ADAPTIVE_200, slots="shared")
+        dataclasses.replace(RECIPES["adaptive"], slots="shared")
     ),
-    # In runs of any length.
+    # In runs of any length, and on small data sets.
     "adaptive_any": srlora(
         dataclasses.replace(RECIPES["adaptive"], lives_per_run=1)
-    ),
-    # On small data sets, too.
-    "adaptive_repeated": srlora(
-        dataclasses.replace(ADAPTIVE_200, lives_per_run=1)
     ),
     "flat_loss": srlora(FLAT_LOSS),
     "restarts": changed(),

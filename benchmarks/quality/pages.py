@@ -60,13 +60,13 @@ SHORT = (
     "masked_newsgroups",
 )
 # The same model at batches of other sizes: task, title, predictions of a step,
-# steps, and the prototype that the default was at that time.
+# steps, and the prototype that the default was at that time, or its recipe.
 RESTARTS = "x:life={},stop=.85,slots=mean,q=1"
 PREDICTIONS = (
     ("code_small_1", "GPT", 64, 2000, RESTARTS.format(200), 0.01),
     ("code_small_2", "GPT", 128, 2000, RESTARTS.format(200), 0.01),
     ("code_small_4", "GPT", 256, 2000, RESTARTS.format(200), 0.01),
-    ("code_small", "GPT", 1024, 2000, RESTARTS.format(200), 0.03),
+    ("code_small", "GPT", 1024, 2000, "adaptive_shared", 0.03),
     ("code_small_8e", "GPT, 8 epochs", 1024, 2000, RESTARTS.format(200), 0.03),
     ("code_small_1_16000", "GPT", 64, 16_000, RESTARTS.format(1600), 0.01),
     (
@@ -85,8 +85,8 @@ RANKS = (("code_small_1000", 1000), ("code_small", 2000))
 # method, rate.
 REPEATED = (
     ("code_small_8e", "GPT", 256_000, 8, "adaptive", 0.03),
-    ("code_small_1_18e", "GPT", 56_832, 18, "adaptive_repeated", 0.01),
-    ("vit_clothes_18e", "ViT", 56_960, 18, "adaptive_repeated", 0.01),
+    ("code_small_1_18e", "GPT", 56_832, 18, "adaptive_any", 0.01),
+    ("vit_clothes_18e", "ViT", 56_960, 18, "adaptive_any", 0.01),
 )
 # Task, rank, rate: LoRA's best rates, and one below that of the GPT.
 PROTOTYPED = (

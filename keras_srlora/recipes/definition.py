@@ -95,12 +95,12 @@ class Recipe:
     2505.12433, section 3); the paper does not define `slots`.
 
     Layers use `recipe="adaptive"` by default. It starts each pair as LoRA does,
-    trains it for a thirtieth of the run, and at least for 125 steps and 125,000
+    trains it for a thirtieth of the run, and at least for 200 steps and 200,000
     predictions, then fuses it and restarts its slot. The new pair trains as
     with a new optimizer. A run of fewer than 1,000 steps or 1,000,000
     predictions is plain LoRA. So is one of fewer than 250,000 predictions for
     each slot of a layer (2,000,000 at rank 8), and one whose epochs have fewer
-    than 125,000 predictions.
+    than 200,000 predictions.
 
     `recipe="lora_restarts"` restarts pairs in the same way in the first half of
     a run of any length. It uses each direction once, and zeroes all moments.
@@ -300,11 +300,11 @@ RECIPES = {
         LORA_RESTARTS,
         slots="new_optimizer",
         schedule="by_life",
-        steps_per_pair=125,
+        steps_per_pair=200,
         pair_life=1 / 30,
         turns=6,
-        predictions_per_pair=125_000,
-        lives_per_run=8,
+        predictions_per_pair=200_000,
+        lives_per_run=5,
         predictions_per_slot=250_000,
         reuse_directions=True,
         stop=0.85,

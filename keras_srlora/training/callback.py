@@ -24,12 +24,12 @@ class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
     Without arguments it follows the recipe of the layers. The default recipe,
-    `"adaptive"`, trains each pair for a thirtieth of the run, at least 125
-    steps and 125,000 predictions (tokens, values or labels). Then it fuses the
+    `"adaptive"`, trains each pair for a thirtieth of the run, at least 200
+    steps and 200,000 predictions (tokens, values or labels). Then it fuses the
     pair and restarts its slot, until 0.85 of the run. A run that is too short
-    for eight such lifetimes is plain LoRA. So is one of fewer than 250,000
+    for five such lifetimes is plain LoRA. So is one of fewer than 250,000
     predictions for each pair of a layer, and one whose epochs have fewer than
-    125,000 of them. If a run has too few predictions, a warning appears.
+    200,000 of them. If a run has too few predictions, a warning appears.
 
     Expect a gain in long runs whose task needs an update of a higher rank. The
     length of a run is `epochs` times the steps of an epoch. If the data set has

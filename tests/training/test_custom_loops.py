@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import math
 import pathlib
 import re
 import types
@@ -296,15 +295,12 @@ def start_script(folder, *arguments, backend=BACKEND):
 @pytest.mark.parametrize("recipe", ["default", "paper"])
 def test_script_learns_and_recomposes(recipe, tmp_path):
     """With its own recipe in a run that is long enough for it."""
-    # Of six turns two have a layer; a life is 125, of two pairs each.
+    # Of six turns two have a layer; a life is 200, of two pairs each.
     steps = 1000
     expected = [
-        (str(math.ceil(step)), layer)
-        for turn in range(13)
-        for step, layer in (
-            (62.5 * (turn + 1), "hidden_1"),
-            (62.5 * (turn + 1 + 1 / 6), "hidden_2"),
-        )
+        (str(step + later), layer)
+        for step in range(100, 850, 100)
+        for later, layer in ((0, "hidden_1"), (17, "hidden_2"))
     ]
     arguments = [f"--steps={steps}"]
     if recipe == "paper":
