@@ -26,10 +26,9 @@ class RecompositionCallback(keras.callbacks.Callback):
     Without arguments it follows the recipe of the layers. The default recipe,
     `"adaptive"`, trains each pair for a thirtieth of the run, at least 200
     steps and 200,000 predictions (tokens, values or labels). Then it fuses the
-    pair and restarts its slot, until 0.85 of the run. A run that is too short
-    for five such lifetimes is plain LoRA. So is one of fewer than 250,000
-    predictions for each pair of a layer, and one whose epochs have fewer than
-    200,000 of them. If a run has too few predictions, a warning appears.
+    pair and restarts its slot, until 0.85 of the run. A run is plain LoRA if it
+    has fewer than five such lifetimes, 250,000 predictions for each pair of a
+    layer, or 200,000 an epoch. It warns if a run has too few predictions.
 
     Expect a gain in long runs whose task needs an update of a higher rank. The
     length of a run is `epochs` times the steps of an epoch. If the data set has
