@@ -39,7 +39,7 @@ LONG_CURVES = ("code_small", "code_6000_small", "posts_small", "imdb")
 # Long runs with plenty of data, the default at LoRA's own best learning rate.
 LONG = {
     "code_small": "GPT, source code, 2,000 steps",
-    "code_small_8e": "GPT, an eighth of it, 8 epochs",
+    "code_small_8e": "GPT, an eighth of the text, 8 epochs",
     "code_6000_small": "GPT, source code, 6,000 steps",
     "posts_small": "GPT, newsgroups, 2,000 steps",
     "smollm2": "SmolLM2, source code, 1,200 steps",
@@ -60,7 +60,7 @@ SHORT = (
     "masked_newsgroups",
 )
 # The same model at batches of other sizes: task, title, predictions of a step,
-# steps, and the prototype that the default was at that time, or its recipe.
+# steps, and the method that the default was at that time, and its rate.
 RESTARTS = "x:life={},stop=.85,slots=mean,q=1"
 PREDICTIONS = (
     ("code_small_1", "GPT", 64, 2000, RESTARTS.format(200), 0.01),
@@ -78,9 +78,15 @@ PREDICTIONS = (
         0.01,
     ),
 )
-# Short runs at several ranks: task, steps, ranks and LoRA's best rates there.
-AT_RATES = ((2, 0.03), (4, 0.03), (8, 0.01))
-RANKS = (("code_small_1000", 1000), ("code_small", 2000))
+# Short runs at several ranks: task, steps, rank, method, LoRA's best rate.
+RANKS = (
+    ("code_small_1000", 1000, 2, "adaptive", 0.03),
+    ("code_small_1000", 1000, 4, "adaptive", 0.03),
+    ("code_small_1000", 1000, 8, "adaptive_any", 0.01),
+    ("code_small", 2000, 2, "adaptive", 0.03),
+    ("code_small", 2000, 4, "adaptive", 0.03),
+    ("code_small", 2000, 8, "adaptive", 0.01),
+)
 # Small data sets, many epochs: task, title, predictions of an epoch, epochs,
 # method, rate.
 REPEATED = (
@@ -226,30 +232,28 @@ def predictions(done):
     header = ["predictions a step", "steps", "LoRA", "with restarts", "change"]
     rows = [["task", *header]]
     for task, title, count, steps, method, rate in PREDICTIONS:
-        lora, restarts = (
-            at_rate(done.get(task, {}), task, name, 2, rate)
-            for name in ("lora", method)
-        )
-        if 0 in lora and 0 in restarts:
-            a, b = (runs[0]["test_loss"] for runs in (lora, restarts))
-            losses = [f"{a:.4f}", f"{b:.4f}", f"{100 * (b / a - 1):+.1f} %"]
-            rows.append([title, f"{count:,}", f"{steps:,}", *losses])
+        losses = with_and_without(done, task, method, 2, rate)
+        rows.append([title, f"{count:,}", f"{steps:,}", *losses])
     return markdown(rows)
 
 
 def by_rank(done):
-    """What restarts gain or cost, by the rank; the first seed of the GPT."""
+    """What restarts gain or cost, by the rank; one seed."""
     rows = [["steps", "rank", "LoRA", "with restarts", "change"]]
-    for task, steps in RANKS:
-        for rank, rate in AT_RATES:
-            lora, restarts, default = (
-                at_rate(done[task], task, name, rank, rate)
-                for name in ("lora", "adaptive_any", DEFAULT)
-            )
-            a, b = (x[0]["test_loss"] for x in (lora, restarts or default))
-            losses = [f"{a:.4f}", f"{b:.4f}", f"{100 * (b / a - 1):+.1f} %"]
-            rows.append([f"{steps:,}", rank, *losses])
+    for task, steps, rank, method, rate in RANKS:
+        losses = with_and_without(done, task, method, rank, rate)
+        rows.append([f"{steps:,}", rank, *losses])
     return markdown(rows)
+
+
+def with_and_without(done, task, method, rank, rate):
+    """Test losses of LoRA and of a method, and the change; the first seed."""
+    lora, restarts = (
+        at_rate(done[task], task, name, rank, rate)[0]["test_loss"]
+        for name in ("lora", method)
+    )
+    change = 100 * (restarts / lora - 1)
+    return [f"{lora:.4f}", f"{restarts:.4f}", f"{change:+.1f} %"]
 
 
 def repeated(done):

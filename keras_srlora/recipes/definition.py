@@ -79,10 +79,11 @@ class Recipe:
         lives_per_run: int. Number of lifetimes that a run must last to
             recompose at all. A shorter run is plain LoRA (or PiSSA, with
             `start="pissa"`). With `1`, any run recomposes.
-        predictions_per_slot: int. Least number of predictions that a run has
-            for each slot of a layer (on the average, if layers have different
-            ranks), if `lives_per_run` is above 1. A run of fewer is plain LoRA:
-            the higher the rank, the less a short run gains from new pairs.
+        predictions_per_slot: int. Least number of predictions of a run, for
+            each slot of a layer. A run of fewer is plain LoRA: the higher the
+            rank, the less a short run gains from new pairs. If layers have
+            different ranks, their mean counts. With `lives_per_run=1` it plays
+            no role.
         reuse_directions: bool. Whether a run begins again with the first
             directions once it has used all of them. For pairs that subtract
             nothing (`start="lora"`, `scale="as_lora"`).

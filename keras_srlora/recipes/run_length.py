@@ -29,8 +29,8 @@ class Shortage:
     """Why a run is too short.
 
     Attributes:
-        of_steps: whether it has too few steps; else it is predictions.
-        reason: what was received, and what the recipe needs.
+        of_steps: whether it has too few steps; else, too few predictions.
+        reason: text for the user: what the run has, and what the recipe needs.
     """
 
     of_steps: bool

@@ -107,13 +107,9 @@ def recompose(
     """
     step = int(step)
     layers = sensitivity.layers if layers is None else layers
-    scored = set(map(id, sensitivity.layers))
+    # Each of them once.
+    layers = list({id(layer): layer for layer in layers}.values())
     for layer in layers:
-        if id(layer) not in scored:
-            raise ValueError(
-                f"Layer {layer.path!r} has no scores. Pass layers that are "
-                "in `sensitivity.layers`."
-            )
         if not layer.initialized:
             raise ValueError(
                 f"The kernel of layer {layer.path!r} was not decomposed yet: "

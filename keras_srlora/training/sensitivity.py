@@ -156,8 +156,19 @@ class Sensitivity:
         Returns:
             List of float32 NumPy arrays of shape `(rank,)`, one for each layer.
             They are read from the device in one transfer.
+
+        Raises:
+            ValueError: if a layer is not in `self.layers`.
         """
         layers = self.layers if layers is None else layers
+        for layer in layers:
+            if layer not in self._places:
+                raise ValueError(
+                    f"Layer {layer.path!r} has no scores. Pass layers that are "
+                    "in `sensitivity.layers`."
+                )
+        if not layers:
+            return []
         values = [ops.convert_to_tensor(v) for v in self.variables]
         scores = [
             ops.cast(

@@ -237,6 +237,12 @@ def test_some_layers_have_the_scores_that_they_have_among_all(rng):
         for scores, of_layer in zip(found, expected, strict=True):
             assert of_layer.max() > 0
             np.testing.assert_array_equal(scores, of_layer)
+    assert sensitivity.importance(layers=[]) == []
+    assert keras_srlora.recompose(sensitivity, optimizer, layers=[]) == []
+    # A layer that is named twice is recomposed once.
+    layers = 2 * sensitivity.layers[:1]
+    events = keras_srlora.recompose(sensitivity, optimizer, layers=layers)
+    assert [event.layer for event in events] == [layers[0].path]
 
 
 def test_recomposing_a_layer_without_scores_is_refused(rng):
@@ -245,6 +251,8 @@ def test_recomposing_a_layer_without_scores_is_refused(rng):
     ]
     sensitivity = keras_srlora.Sensitivity(layers[:1])
     before = [to_numpy(v) for layer in layers for v in layer.weights]
+    with pytest.raises(ValueError, match="has no scores"):
+        sensitivity.importance(layers=layers)
     with pytest.raises(ValueError, match="has no scores"):
         keras_srlora.recompose(sensitivity, layers=layers)
     after = [to_numpy(v) for layer in layers for v in layer.weights]
