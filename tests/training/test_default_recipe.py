@@ -230,17 +230,30 @@ def test_the_loss_decides_nothing(loss):
     assert [event.step for event in events] == list(range(4, 68, 4))
 
 
-def three_layers(recipe):
+def three_layers(recipe, **ranks):
     keras.utils.set_random_seed(3)
     inputs = x = keras.Input((12,))
     for index in range(3):
         x = keras.layers.Dense(12, activation="tanh", name=f"in_{index}")(x)
     model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
     keras_srlora.enable_srlora(
-        model, 2, target_layer_names=["in_."], recipe=recipe
+        model,
+        2,
+        target_layer_names=["in_."],
+        rank_pattern=ranks,
+        recipe=recipe,
     )
     model.compile("adam", "mse")
     return model
+
+
+def test_of_different_ranks_the_mean_counts():
+    # 80 steps of 24 predictions are 640 for each of three pairs.
+    for least, recomposes in ((640, True), (641, False)):
+        model = three_layers(quick(predictions_per_slot=least), in_0=5)
+        warns = pytest.warns(UserWarning, match="3 pairs in a layer")
+        with contextlib.nullcontext() if recomposes else warns:
+            assert bool(fit(model, RecompositionCallback(), 10)) == recomposes
 
 
 def turns_of(events):
