@@ -70,6 +70,20 @@ def quickstart(session):
 
 
 @nox.session
+def picture(session):
+    """Train the three models of the README's picture, and draw it."""
+    (backend,) = backends(session, "jax")
+    # KerasHub imports TensorFlow, whatever the backend.
+    extras = sorted({"tensorflow", backend, "hub", "plots"})
+    install(session, extras)
+    session.run(
+        *("python", "-m", "benchmarks.quality.picture", "--again"),
+        *session.posargs,
+        env=environment(backend),
+    )
+
+
+@nox.session
 def tests(session):
     """Run the whole suite on the three backends, or on `KERAS_BACKEND`."""
     install_for_tests(session)

@@ -5,7 +5,8 @@
 A byte-level language model that was pretrained on film reviews learns source
 code (`tasks/language.py`). Trains what is missing of `picture.json` beside the
 results, some minutes a curve, then draws the losses against steps and writes
-what each model makes of the beginning of a line into `picture.md`.
+what each model makes of the beginning of a line into `picture.md`. With
+`--again` it trains all curves anew.
 """
 
 import argparse
@@ -37,9 +38,11 @@ def main():
     parser.add_argument("--rate", type=float, default=3e-2)
     parser.add_argument("--large-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     path = RESULTS / "picture.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    keep = path.exists() and not args.again
+    found = json.loads(path.read_text()) if keep else {}
     curves = found.setdefault(f"{args.task}-{args.rank}-{args.rate:g}", {})
     for method, rank, rate in (
         ("lora", args.rank, args.rate),
@@ -58,6 +61,7 @@ def main():
     draw(curves, args)
     table = texts(curves, args)
     (RESULTS / "picture.md").write_text(table + "\n", encoding="utf-8")
+    print(summary(curves, args))
 
 
 def train(method, rank, rate, args):
@@ -144,10 +148,27 @@ def legend(name, curve):
     return f"{title}, rank {rank}: {curve['parameters']:,} parameters"
 
 
+def compared(args):
+    """The names of the three runs."""
+    small, large = f"lora-{args.rank}", f"lora-{4 * args.rank}"
+    return [small, f"{DEFAULT}-{args.rank}", large]
+
+
+def summary(curves, args):
+    """What each run trains, and where it ends."""
+    rows = [["", "parameters", "validation loss", "of the gap"]]
+    names = compared(args)
+    small, _, large = last = [curves[name]["validation"][-1] for name in names]
+    for name, loss in zip(names, last):
+        title, parameters = legend(name, curves[name]).split(": ")
+        part = f"{(small - loss) / (small - large):.0%}"
+        rows.append([title, parameters.split()[0], f"{loss:.3f}", part])
+    return markdown(rows)
+
+
 def draw(curves, args):
     """Validation loss thick, training loss thin, recompositions as dots."""
-    names = [f"lora-{args.rank}", f"{DEFAULT}-{args.rank}"]
-    names.append(f"lora-{4 * args.rank}")
+    names = compared(args)
     colors = dict(zip(names, ("C7", "C3", "C0")))
     figure, axes = plots.subplots(size=(6.4, 4.2))
     for name in names:
@@ -192,8 +213,7 @@ def draw(curves, args):
 
 def texts(curves, args):
     """A row a prompt, a column a model."""
-    names = ["pretrained", f"lora-{args.rank}", f"{DEFAULT}-{args.rank}"]
-    names.append(f"lora-{4 * args.rank}")
+    names = ["pretrained", *compared(args)]
     header = ["pretrained"] + [
         legend(name, curves[name]).split(":")[0] for name in names[1:]
     ]
