@@ -37,7 +37,7 @@ from keras_srlora.layers.record import EVENT
 # More recompositions than these are drawn with short lines.
 FEW_LINES = 40
 
-STEP, SLOT, _, DIRECTION, _ = range(len(EVENT))
+STEP, SLOT, DIRECTION = map(EVENT.index, ("step", "slot", "direction"))
 
 
 class LayerRun(NamedTuple):
@@ -45,7 +45,7 @@ class LayerRun(NamedTuple):
 
     Attributes:
         path: of the layer.
-        events: float64, `(m, 5)`, with the columns of `Record.events`.
+        events: float64, `(m, 6)`, with the columns of `Record.events`.
         slot_direction: int, `(r,)`. Direction in each slot at the end.
         starts_as_lora: bool. Whether the first pairs started along none.
         update: function that returns the factors `(k, in)` and `(k, out)` of

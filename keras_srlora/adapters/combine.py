@@ -125,6 +125,7 @@ def with_fused(record, rank, fused_a, fused_b):
         np.pad(fused_a, padding).astype("float32"),
         np.pad(fused_b, padding).astype("float32"),
     )
-    columns = {name: np.zeros(count) for name in EVENT}
-    combined.add_events({**columns, "direction": taken})
+    combined.add_events(count, {"direction": taken})
+    # They are no recomposition: all slots have their first pairs.
+    combined.events[:, EVENT.index("recomposition")] = 0
     return combined

@@ -28,7 +28,7 @@ from keras_srlora.recipes.definition import get_recipe
 
 KIND = tensors_file.Kind(
     name="adapter",
-    version=2,
+    version=3,
     writer="`keras_srlora.save_adapter`",
     remedy="Copy it again, or write it with `keras_srlora.save_adapter`.",
 )
@@ -92,7 +92,6 @@ def _shapes(rank, in_features, out_features, directions, kept, fused):
         "anchors": ((directions,), "f"),
         "visits": ((directions,), "i"),
         "slot_direction": ((rank,), "i"),
-        "slot_started": ((rank,), "i"),
         "events": ((fused, len(EVENT)), "f"),
     }
 

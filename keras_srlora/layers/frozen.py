@@ -78,12 +78,14 @@ class FloatKernel:
             rows: factors of the fused pairs; not needed here.
         """
         rounded = ops.cast(matrix, self.variable.dtype)
-        self.variable.assign(as_kernel(rounded, self._plan))
-        self.remainder = None
+        remainder = None
         dtype = keras.backend.standardize_dtype(self.variable.dtype)
         if dtype in HALF_PRECISION:
             cut_off = ops.subtract(matrix, in_full(rounded))
-            self.remainder = np.array(devices.to_numpy(cut_off))
+            remainder = np.array(devices.to_numpy(cut_off))
+        # Last, when nothing can fail any more.
+        self.variable.assign(as_kernel(rounded, self._plan))
+        self.remainder = remainder
 
     def adopt(self, rows):
         """Follows a kernel that was loaded together with its record."""

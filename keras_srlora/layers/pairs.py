@@ -234,22 +234,18 @@ def fuse_and_restart(layer, slots, directions, scores, scale, step):
         The drift: largest change of an entry of the effective kernel as a part
         of its largest entry.
     """
-    drift = _restart(layer, slots, directions, scale, fuse=True)
-    layer.record.slot_started[slots] = step
-    layer.record.add_events(
-        {
-            "step": np.full(len(slots), step),
-            "slot": slots,
-            "score": scores,
-            "direction": directions,
-            "drift": np.full(len(slots), drift),
-        }
-    )
-    return drift
+    event = {
+        "step": step,
+        "slot": slots,
+        "score": scores,
+        "direction": directions,
+    }
+    return _restart(layer, slots, directions, scale, event)
 
 
-def _restart(layer, slots, indices, scale, fuse=False):
-    record, frozen = layer.record, layer.frozen
+def _restart(layer, slots, indices, scale, event=None):
+    """Restarts the pairs in some slots; with an event, it fuses them first."""
+    record, frozen = layer.record.copy(), layer.frozen
     found = record.directions
     scale_a, scale_b = scale(
         found.singular_values[indices], found.tolerance, layer.scale
@@ -271,16 +267,22 @@ def _restart(layer, slots, indices, scale, fuse=False):
         layer.scale,
         frozen.remainder,
     )
-    if fuse:
+    if event is not None:
         record.add_fused(*(x[slots] for x in factors_to_numpy(layer)))
+        record.add_events(len(slots), event)
     record.anchors[indices] = layer.scale * scale_a * scale_b
     record.visits[indices] += 1
     record.slot_direction[slots] = indices
     frozen.store(kernel, frozen_rows(layer, record))
     factor_a.assign(a)
     factor_b.assign(b)
+    # Now: a measurement that fails must not leave them apart.
+    layer.record = record
     after = _computed_matrix(layer, frozen.matrix())
-    return relative_change(before, after)
+    drift = relative_change(before, after)
+    if event is not None:
+        record.set_drift(len(slots), drift)
+    return drift
 
 
 def _computed_matrix(layer, stored):

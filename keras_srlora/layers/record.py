@@ -13,9 +13,11 @@ import numpy as np
 from keras_srlora.functional.decomposition import Directions
 
 # Columns of `Record.events`, one row a fused pair.
-EVENT = ("step", "slot", "score", "direction", "drift")
+# Each run counts its steps anew; the recompositions of a layer are numbered
+# from 1 through all of its runs.
+EVENT = ("recomposition", "step", "slot", "score", "direction", "drift")
 NO_DIRECTION = -1
-FORMAT = 1
+FORMAT = 2
 FORMAT_NAME = "record_format"
 
 
@@ -33,10 +35,9 @@ class Record:
             subtracted from the kernel when a pair started along it.
         visits: int, `(t,)`. How many pairs started along each direction.
         slot_direction: int, `(r,)`. Direction in each slot, -1 for none.
-        slot_started: int, `(r,)`. Step at which the slot's pair started.
         fused_a: float, `(m, in)`. The pairs that were fused, in order.
         fused_b: float, `(m, out)`.
-        events: float64, `(m, 5)`, with columns `EVENT`.
+        events: float64, `(m, 6)`, with columns `EVENT`.
     """
 
     # All `None` in a layer that is not initialised.
@@ -44,7 +45,6 @@ class Record:
     anchors: np.ndarray = None  # type: ignore[assignment]
     visits: np.ndarray = None  # type: ignore[assignment]
     slot_direction: np.ndarray = None  # type: ignore[assignment]
-    slot_started: np.ndarray = None  # type: ignore[assignment]
     fused_a: np.ndarray = None  # type: ignore[assignment]
     fused_b: np.ndarray = None  # type: ignore[assignment]
     events: np.ndarray = None  # type: ignore[assignment]
@@ -59,7 +59,6 @@ class Record:
             anchors=np.zeros(count, dtype),
             visits=np.zeros(count, "int64"),
             slot_direction=np.full(rank, NO_DIRECTION, "int64"),
-            slot_started=np.zeros(rank, "int64"),
             fused_a=np.zeros((0, directions.left.shape[1]), dtype),
             fused_b=np.zeros((0, directions.right.shape[1]), dtype),
             events=np.zeros((0, len(EVENT)), "float64"),
@@ -79,10 +78,24 @@ class Record:
         """Indices of the directions that no pair started along yet."""
         return np.flatnonzero(self.visits == 0)
 
+    def column(self, name) -> np.ndarray:
+        """A column of `EVENT` of all events; float64, `(m,)`."""
+        return self.events[:, EVENT.index(name)]
+
+    @property
+    def slot_started(self) -> np.ndarray:
+        """The recomposition that started each slot's pair, 0 for first pairs;
+        int, `(r,)`.
+        """
+        started = np.zeros(len(self.slot_direction), "int64")
+        # Of several events of a slot the last one counts.
+        started[self.column("slot").astype(int)] = self.column("recomposition")
+        return started
+
     @property
     def starts_as_lora(self) -> bool:
         """Whether the first pairs started along no direction."""
-        restarted = self.events[:, EVENT.index("direction")]
+        restarted = self.column("direction")
         return len(np.setdiff1d(np.flatnonzero(self.used), restarted)) == 0
 
     def add_fused(self, a, b) -> None:
@@ -90,10 +103,35 @@ class Record:
         self.fused_a = np.concatenate([self.fused_a, a])
         self.fused_b = np.concatenate([self.fused_b, b])
 
-    def add_events(self, columns) -> None:
-        """Notes the events of fused pairs: `{column of EVENT: array}`."""
-        rows = np.stack([columns[name] for name in EVENT], axis=1)
+    def add_events(self, count, columns) -> None:
+        """Notes a recomposition that fused `count` pairs.
+
+        Args:
+            count: int.
+            columns: dict from names of `EVENT` to numbers or arrays; the other
+                columns are zero.
+        """
+        rows = np.zeros((count, len(EVENT)))
+        rows[:, EVENT.index("recomposition")] = 1 + max(
+            self.column("recomposition"), default=0
+        )
+        for name, values in columns.items():
+            rows[:, EVENT.index(name)] = values
         self.events = np.concatenate([self.events, rows])
+
+    def set_drift(self, count, drift) -> None:
+        """Notes the drift of the last recomposition, of `count` pairs."""
+        self.events[-count:, EVENT.index("drift")] = drift
+
+    def copy(self) -> Record:
+        """A copy that can be changed."""
+        # The other arrays are never written to: longer ones take their place.
+        return dataclasses.replace(
+            self,
+            anchors=self.anchors.copy(),
+            visits=self.visits.copy(),
+            slot_direction=self.slot_direction.copy(),
+        )
 
     def frozen_rows(self, scale) -> tuple[np.ndarray, np.ndarray]:
         """The sum of all that went into the pretrained kernel.
@@ -116,23 +154,20 @@ class Record:
             `(m, image)`: how many pairs were fused by then, and a float32 array
             of shape `(t, out)`.
         """
-        found, events = self.directions, self.events
+        found, number = self.directions, self.column("recomposition")
         remaining = found.singular_values - self.anchors
         image = remaining[:, None] * found.right + scale * (
             (found.left @ self.fused_a.T) @ self.fused_b
         )
-        end = len(events)
+        end = len(number)
         yield end, image
         while end:
-            begin = end - 1
-            # A second run counts its steps anew: only neighbours are of one.
-            while begin and events[begin - 1, 0] == events[end - 1, 0]:
-                begin -= 1
+            begin = np.searchsorted(number, number[end - 1])
             fused = slice(begin, end)
             image = image - scale * (
                 (found.left @ self.fused_a[fused].T) @ self.fused_b[fused]
             )
-            restarted = events[fused, EVENT.index("direction")].astype(int)
+            restarted = self.column("direction")[fused].astype(int)
             image[restarted] += (
                 self.anchors[restarted, None] * found.right[restarted]
             )
@@ -141,9 +176,8 @@ class Record:
 
     def taken_back(self, count: int) -> Record:
         """The record when the first `count` pairs were fused."""
-        step, slot, direction = (
-            self.events[:, EVENT.index(name)].astype("int64")
-            for name in ("step", "slot", "direction")
+        slot, direction = (
+            self.column(name).astype("int64") for name in ("slot", "direction")
         )
         undone = direction[count:]
         anchors, visits = self.anchors.copy(), self.visits.copy()
@@ -152,16 +186,12 @@ class Record:
         first = np.setdiff1d(np.flatnonzero(visits), direction)
         slot_direction = np.full_like(self.slot_direction, NO_DIRECTION)
         slot_direction[: len(first)] = first
-        slot_started = np.zeros_like(self.slot_started)
-        for i in range(count):
-            slot_direction[slot[i]] = direction[i]
-            slot_started[slot[i]] = step[i]
+        slot_direction[slot[:count]] = direction[:count]
         return dataclasses.replace(
             self,
             anchors=anchors,
             visits=visits,
             slot_direction=slot_direction,
-            slot_started=slot_started,
             fused_a=self.fused_a[:count],
             fused_b=self.fused_b[:count],
             events=self.events[:count],

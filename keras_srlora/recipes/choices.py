@@ -23,7 +23,8 @@ class Pairs(NamedTuple):
 
     Attributes:
         scores: importance of the pair in each slot.
-        started: step at which the pair in each slot started.
+        started: number of the recomposition of the layer in which the pair
+            in each slot started, through all of its runs; 0 for first pairs.
     """
 
     scores: np.ndarray

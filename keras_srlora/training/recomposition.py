@@ -79,8 +79,7 @@ def recompose(
             treated by the recipe: a Keras optimizer, a `SensitivityOptimizer`
             or a `torch.optim` optimizer. With `None`, treat the slots of the
             returned `Recomposition`s yourself.
-        step: int. Number of training steps done, from which the age of each
-            pair is computed.
+        step: int. Number of training steps done, for the record.
         recipe: a `Recipe` or the name of one. Defaults to `None`: each layer
             follows its own.
         layers: list of the layers to recompose. Defaults to `None`: all layers

@@ -184,7 +184,7 @@ def test_what_was_fused_is_remembered_as_factors(rng):
     )
     np.testing.assert_allclose(pretrained, w, atol=1e-5)
     np.testing.assert_array_equal(state.slot_direction, [7, 1, 8])
-    np.testing.assert_array_equal(state.slot_started, [2, 0, 2])
+    np.testing.assert_array_equal(state.slot_started, [3, 0, 3])
     assert state.used.all()
 
 

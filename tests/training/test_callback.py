@@ -361,9 +361,11 @@ def test_the_record_is_plain_data(rng):
     ]
     assert event["layer"] == "hidden" and event["directions"] == [4, 5]
     # The layer remembers the same.
-    events = callback.recomposer.layers[0].record.events
-    assert len(events) == 6
-    np.testing.assert_array_equal(events[:2, 0], [6, 6])
+    record = callback.recomposer.layers[0].record
+    np.testing.assert_array_equal(
+        record.column("recomposition"), [1, 1, 2, 2, 3, 3]
+    )
+    np.testing.assert_array_equal(record.column("step")[:2], [6, 6])
 
 
 def test_logs_carry_numbers(rng, tmp_path):

@@ -206,7 +206,7 @@ def test_a_record_is_taken_back_over_directions_that_came_again():
     assert record.visits.max() > 1
     for count in range(len(record.events) + 1):
         taken = record.taken_back(count)
-        directions = record.events[:count, 3].astype(int)
+        directions = record.column("direction")[:count].astype(int)
         np.testing.assert_array_equal(
             taken.visits, np.bincount(directions, minlength=4)
         )
