@@ -61,7 +61,6 @@ def combined(layer, parts, weights):
         return None
     a = np.concatenate([w * part.a for w, part in zip(weights, parts)])
     b = np.concatenate([part.b for part in parts])
-    a, b = (x.astype("float32") for x in (a, b))
     # No entry of the product is larger than that of the norms.
     if not np.isfinite(np.linalg.norm(a) * np.linalg.norm(b)):
         raise ValueError(
@@ -86,20 +85,21 @@ def combined(layer, parts, weights):
     # A pair of zeros would never be trained.
     empty = slice(len(values), None)
     a[empty] = np.array(pairs.a_initializer(layer)(a.shape))[empty]
-    return a.astype("float32"), b.astype("float32"), record
+    return a, b, record
 
 
 def _check_room(layer, record, rest):
-    room = len(record.directions.singular_values)
-    if layer.frozen.room is not None:
-        room = min(room, layer.frozen.room)
-    if rest > room:
+    room = layer.frozen.room
+    if not layer.recipe.reuse_directions:
+        directions = len(record.directions.singular_values)
+        room = directions if room is None else min(room, directions)
+    if room is not None and rest > room:
         raise ValueError(
-            f"The weighted sum needs rank {layer.rank + rest} in layer "
+            f"The update has rank {layer.rank + rest} in layer "
             f"{layer.path!r}, and there is room for {layer.rank + room}: its "
-            f"rank, {layer.rank}, and {room} fused pairs. Combine fewer "
-            "adapters, or convert the model with a higher `rank` or "
-            "`target_rank` and train them there."
+            f"rank, {layer.rank}, and {room} fused pairs. Convert the model "
+            "with a higher `rank` or `target_rank` and train there, or combine "
+            "fewer adapters."
         )
 
 
@@ -116,15 +116,14 @@ def with_fused(record, rank, fused_a, fused_b):
     missing = np.flatnonzero(~found.left.any(axis=1))
     others = np.setdiff1d(np.arange(len(found.left)), missing)[::-1]
     count = max(len(fused_a), len(missing))
-    # Each pair that is fused takes up a direction; the last ones first.
-    taken = np.concatenate([missing, others])[:count].astype("int64")
+    # Each pair that is fused takes up a direction; the last ones first, and
+    # again where there are more pairs.
+    order = np.concatenate([missing, others]).astype("int64")
+    taken = np.resize(order, count)
     combined = Record.start(found, rank)
-    combined.visits[taken] = 1
+    np.add.at(combined.visits, taken, 1)
     padding = ((0, count - len(fused_a)), (0, 0))
-    combined.add_fused(
-        np.pad(fused_a, padding).astype("float32"),
-        np.pad(fused_b, padding).astype("float32"),
-    )
+    combined.add_fused(np.pad(fused_a, padding), np.pad(fused_b, padding))
     combined.add_events(count, {"direction": taken})
     # They are no recomposition: all slots have their first pairs.
     combined.events[:, EVENT.index("recomposition")] = 0

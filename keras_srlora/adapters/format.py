@@ -16,6 +16,7 @@ from keras_srlora.functional.fingerprint import is_fingerprint
 from keras_srlora.layers import pairs
 from keras_srlora.layers.kinds import PLAIN
 from keras_srlora.layers.kinds import plain_class
+from keras_srlora.layers.kinds import plain_kind
 from keras_srlora.layers.paths import layer_paths
 from keras_srlora.layers.paths import variable_paths
 from keras_srlora.layers.record import EVENT
@@ -74,7 +75,7 @@ def layer_arrays(layer):
         name: array
         for name, array in arrays.items()
         # A run of its own starts with statistics and schedule of its own.
-        if name in _shapes(1, 1, 1, 1, 1, 1)
+        if name in ARRAYS
     }
 
 
@@ -94,6 +95,10 @@ def _shapes(rank, in_features, out_features, directions, kept, fused):
         "slot_direction": ((rank,), "i"),
         "events": ((fused, len(EVENT)), "f"),
     }
+
+
+# The names of the arrays.
+ARRAYS = frozenset(_shapes(1, 1, 1, 1, 1, 1))
 
 
 def record_of(arrays):
@@ -116,7 +121,7 @@ def describe(layer, path, modules):
     added = {"use_rslora": layer.use_rslora, "modules_to_save": modules}
     return {
         "path": path,
-        "class": PLAIN[type(layer)].__name__,
+        "class": plain_kind(layer).__name__,
         "equation": getattr(layer, "equation", None),
         "kernel_shape": list(kernel_shape(layer)),
         "rank": layer.rank,
@@ -204,6 +209,11 @@ def read_checked(model, filepath, any_rank=False):
     for variable in model.variables:
         variables.setdefault(paths[id(variable)], []).append(variable)
     others = []
+    # A layer may have the path `trainable`.
+    of_layers = {
+        f"{saved['path']}/{name}" for _, saved, _ in plans for name in ARRAYS
+    }
+    tensors = {k: v for k, v in tensors.items() if k not in of_layers}
     for path, array in _take(tensors, f"{TRAINABLE}/").items():
         variable = find_by_path(path, variables, "variable", filepath)
         _check_variable(variable, path, array, filepath)
@@ -265,7 +275,7 @@ def is_plain(layer):
 def _check_fits(layer, saved, arrays, filepath, any_rank):
     path, file = saved["path"], str(filepath)
     kind = plain_class(layer)
-    plain = kind if is_plain(layer) else PLAIN.get(kind)
+    plain = kind if is_plain(layer) else plain_kind(layer)
     if plain is None or plain.__name__ != saved["class"]:
         raise ValueError(
             f"{file!r} is for a {saved['class']} at {path!r}. "

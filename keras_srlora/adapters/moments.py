@@ -14,7 +14,7 @@ from keras_srlora.backend.keras_private import rebuilding
 
 
 def keep_moments(layers) -> list:
-    """The states, on the host, of the optimizers that train some layers.
+    """The states of the optimizers that train some layers.
 
     Returns:
         List of `(weak reference to the optimizer, state)`.

@@ -88,7 +88,7 @@ def add_adapter(model: keras.Model, name: str, filepath=None) -> str:
             _start_anew(adapters.layers)
         else:
             put_on(model, *checked)
-    return _make_current(adapters, model, name, kept)
+        return _make_current(adapters, model, name, kept)
 
 
 def set_adapter(model: keras.Model, name: str) -> str:
@@ -124,10 +124,9 @@ def set_adapter(model: keras.Model, name: str) -> str:
         holders = Holders(model, adapters.layers)
     with adapters.whole(model, kept):
         adapters.put_on(adapter)
-    if holders is not None:
-        holders.follow()
-    del adapters.waiting[name]
-    return _make_current(adapters, model, name, kept)
+        if holders is not None:
+            holders.follow()
+        return _make_current(adapters, model, name, kept)
 
 
 def delete_adapter(model: keras.Model, name: str) -> None:
@@ -202,7 +201,7 @@ def combine_adapters(
                 arguments = {x: getattr(layer, x) for x in ARGUMENTS}
                 pairs.restore_adapter(layer, a, b, arguments, record)
         put_moments(adapters.layers, [])
-    return _make_current(adapters, model, name, kept)
+        return _make_current(adapters, model, name, kept)
 
 
 def _start_anew(layers):
@@ -227,6 +226,7 @@ def _of_layer(layer, known, weights):
 def _make_current(adapters, model, name, kept):
     """Notes that the layers hold another adapter; returns the former name."""
     before = adapters.current
+    adapters.waiting.pop(name, None)
     adapters.waiting[before] = kept
     adapters.current = name
     if name not in adapters.names:

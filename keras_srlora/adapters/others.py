@@ -13,6 +13,7 @@ from keras_srlora.backend.keras_private.nesting import flatten_layers
 from keras_srlora.backend.keras_private.nesting import variables_held
 from keras_srlora.backend.keras_private.pinned import own_variables
 from keras_srlora.conversion.freezing import pretrained_variables
+from keras_srlora.functional.fusion import full_dtype
 from keras_srlora.layers.base import SRLoRALayer
 
 # Keras lets the optimizer count the scales of float8 layers.
@@ -77,9 +78,9 @@ def warn_of_trained(model, layers, what, stacklevel=3) -> None:
 
 
 def to_numpy(variable) -> np.ndarray:
-    """A variable's value on the host, in float32."""
-    value = ops.cast(ops.convert_to_tensor(variable), "float32")
-    return np.array(devices.to_numpy(value))
+    """A variable's value on the host, in float32 (or in float64)."""
+    value = ops.convert_to_tensor(variable)
+    return np.array(devices.to_numpy(ops.cast(value, full_dtype(value))))
 
 
 def check_finite_variables(variables) -> None:

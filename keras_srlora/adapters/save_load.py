@@ -230,7 +230,7 @@ def _at_rank_of(layer, saved, arrays):
     found = combined(layer, [part], [1.0])
     if found is None:
         a = np.array(pairs.a_initializer(layer)(layer.factors[0].shape))
-        b = np.zeros(layer.factors[1].shape, "float32")
+        b = np.zeros(layer.factors[1].shape, a.dtype)
         found = a, b, Record.start(record.directions, layer.rank)
     return *found, arguments
 

@@ -17,6 +17,7 @@ from keras_srlora.adapters.moments import put_moments
 from keras_srlora.adapters.others import trainable_beside
 from keras_srlora.adapters.save_load import clear
 from keras_srlora.backend import devices
+from keras_srlora.backend.interrupts import held_interrupts
 from keras_srlora.conversion.freezing import saved_variables
 from keras_srlora.functional.fingerprint import fingerprint
 from keras_srlora.layers import pairs
@@ -116,7 +117,7 @@ class Adapters:
 
     def check_kernels(self, adapter) -> None:
         """Raises where an adapter was kept on other pretrained kernels."""
-        for state in adapter.layers:
+        for state in self.states_of(adapter):
             layer = state.layer
             matrix = pairs.pretrained_matrix(layer)
             if not has_fingerprint(matrix, state.pretrained):
@@ -129,7 +130,12 @@ class Adapters:
 
     def changes_scales(self, adapter) -> bool:
         """Whether compiled functions hold other scales than an adapter's."""
-        return any(x.scale != x.layer.scale for x in adapter.layers)
+        return any(x.scale != x.layer.scale for x in self.states_of(adapter))
+
+    def states_of(self, adapter) -> list[LayerState]:
+        """The parts of an adapter in the layers that were not merged since."""
+        states = map(adapter.state_of, self.layers)
+        return [state for state in states if state is not None]
 
     def put_on(self, adapter) -> None:
         """Lets the layers hold an adapter."""
@@ -148,20 +154,21 @@ class Adapters:
 
     @contextlib.contextmanager
     def whole(self, model, kept):
-        """Puts the kept adapter back if the block raises.
+        """Puts the kept adapter back if the block raises; Ctrl-C waits.
 
-        A device may run out of memory, or the user may interrupt.
+        A device may run out of memory.
         """
-        try:
-            yield
-        except BaseException:
-            self.put_on(kept)
-            known = set(map(id, self.layers))
-            for layer in srlora_layers(model):
-                # Those that a file has converted.
-                if id(layer) not in known:
-                    clear(layer)
-            raise
+        with held_interrupts():
+            try:
+                yield
+            except BaseException:
+                self.put_on(kept)
+                known = set(map(id, self.layers))
+                for layer in srlora_layers(model):
+                    # Those that a file has converted.
+                    if id(layer) not in known:
+                        clear(layer)
+                raise
 
     def attach(self, model) -> None:
         """Lets all SRLoRA layers of a model take part."""

@@ -10,8 +10,6 @@ from keras import ops
 
 from keras_srlora.backend.keras_private.nesting import seed_states
 
-RANDOM_NAMES = ("random_seeds", "random_torch", "random_cuda")
-
 
 class RandomState:
     """The generators that a model draws from in training."""

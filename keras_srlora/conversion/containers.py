@@ -6,6 +6,7 @@ backbone makes its sublayers itself, as plain layers. While it holds converted
 ones it is a `Converted`: its config then lists them, and the frozen variables.
 """
 
+import copy
 import functools
 from typing import Any
 
@@ -131,8 +132,15 @@ class Converted(KerasMixin):
         A layer without a `build` makes its sublayers when it is called: it is
         converted then.
         """
+        # Keras's own `from_config` takes configs to pieces.
+        plain = copy.deepcopy(config["plain"])
+        # What a wrapper such as `Bidirectional`, or the user, has written into
+        # the config is meant for the plain object.
+        plain["config"].update(
+            {k: v for k, v in config.items() if k not in OWN_CONFIG}
+        )
         container = keras.saving.deserialize_keras_object(
-            config["plain"], custom_objects=custom_objects
+            plain, custom_objects=custom_objects
         )
         vars(container)[TRAINED] = config.get("trained", True)
         is_built = isinstance(container, keras.Model) and container.built
@@ -190,6 +198,8 @@ class Awaiting(Converted):
         return vars(self)[AWAITED]
 
 
+# Keys of the config of a `Converted`.
+OWN_CONFIG = frozenset(("plain", "adapted", "trainable", "trained"))
 AWAITED = "_srlora_awaited"
 TRAINED = "_srlora_trained"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 
 from keras_srlora.backend.arguments import check_choice
+from keras_srlora.backend.interrupts import held_interrupts
 from keras_srlora.backend.keras_private.kernels import kernel_constraint
 from keras_srlora.backend.progress import check_verbose
 from keras_srlora.conversion.containers import convert_layers
@@ -128,7 +129,7 @@ def enable_srlora(
             notebook, after two seconds.
 
     Returns:
-        List of the converted layers, ordered by their paths.
+        List of the converted layers, in the order of the model.
 
     Raises:
         ValueError: before anything changes, if a name or expression matches
@@ -239,12 +240,13 @@ def convert_plain(model, layers, arguments, trained=(), modules=()):
         return
     holders = Holders(model, layers)
     holders.refuse_shared_kernels()
-    freeze_base(model, layers, trained, modules, holders.containers())
-    trained = {id(variable) for variable in trained}
-    arguments = [
-        {**of_layer, "train_bias": id(bias_of(layer)) in trained}
-        for layer, of_layer in zip(layers, arguments)
-    ]
-    convert_layers(holders.containers(), layers, arguments)
-    warn_of_whole_factors(layers)
-    holders.follow()
+    with held_interrupts():
+        freeze_base(model, layers, trained, modules, holders.containers())
+        trained = {id(variable) for variable in trained}
+        arguments = [
+            {**of_layer, "train_bias": id(bias_of(layer)) in trained}
+            for layer, of_layer in zip(layers, arguments)
+        ]
+        convert_layers(holders.containers(), layers, arguments)
+        warn_of_whole_factors(layers)
+        holders.follow()

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_srlora.backend.interrupts import held_interrupts
 from keras_srlora.conversion.containers import restore_plain_classes
 from keras_srlora.conversion.freezing import release
 from keras_srlora.conversion.holders import Holders
@@ -9,7 +10,7 @@ from keras_srlora.layers import pairs
 from keras_srlora.layers.factors import remove_factors
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.finite import check_finite_update
-from keras_srlora.layers.kinds import PLAIN
+from keras_srlora.layers.kinds import plain_kind
 from keras_srlora.layers.requirements import check_initializable
 from keras_srlora.layers.switched_off import check_switched_on
 
@@ -52,10 +53,11 @@ def merge_srlora(model: keras.Model) -> list:
     check_finite_update(layers)
     holders = Holders(model, layers)
     holders.refuse_shared_kernels()
-    for layer in layers:
-        layer.frozen.merge(layer, pairs.effective_matrix(layer))
-        pairs.forget_update(layer)
-    make_plain(holders, layers)
+    with held_interrupts():
+        for layer in layers:
+            layer.frozen.merge(layer, pairs.effective_matrix(layer))
+            pairs.forget_update(layer)
+        make_plain(holders, layers)
     return layers
 
 
@@ -63,7 +65,7 @@ def make_plain(holders, layers):
     """Makes plain layers of those whose kernels have their final values."""
     for layer in layers:
         remove_factors(layer)
-        layer.__class__ = PLAIN[type(layer)]
+        layer.__class__ = plain_kind(layer)
     release(holders.models)
     restore_plain_classes(holders.containers())
     holders.follow()

@@ -17,7 +17,7 @@ from keras_srlora.layers.paths import layer_paths
 
 
 def find_targets(model, names, excluded=(), modules=()):
-    """The layers to convert, ordered by their paths.
+    """The layers to convert, in the order of the model.
 
     Args:
         model: the argument of `enable_srlora`, like the next two.
@@ -49,7 +49,7 @@ def find_targets(model, names, excluded=(), modules=()):
             f"exclude_layer_names={excluded!r}, "
             f"modules_to_save={[layer.path for layer in modules]}"
         )
-    return sorted(kept, key=lambda layer: layer.path or layer.name)
+    return kept
 
 
 def check_model(model):

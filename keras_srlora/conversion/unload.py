@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_srlora.backend.interrupts import held_interrupts
 from keras_srlora.conversion.holders import Holders
 from keras_srlora.conversion.merge import make_plain
 from keras_srlora.layers import pairs
@@ -43,8 +44,9 @@ def unload_srlora(model: keras.Model) -> list:
         check_finite_kernel(pairs.pretrained_matrix(layer), layer.path)
     holders = Holders(model, layers)
     holders.refuse_shared_kernels()
-    for layer in layers:
-        layer.frozen.unload(layer, pairs.pretrained_matrix(layer))
-        pairs.forget_update(layer)
-    make_plain(holders, layers)
+    with held_interrupts():
+        for layer in layers:
+            layer.frozen.unload(layer, pairs.pretrained_matrix(layer))
+            pairs.forget_update(layer)
+        make_plain(holders, layers)
     return layers

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import pathlib
-import tempfile
+import uuid
 
 
 @contextlib.contextmanager
@@ -14,18 +14,16 @@ def written_whole(filepath):
     """
     path = pathlib.Path(filepath)
     refuse_folder(path)
-    handle, unfinished = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".unfinished"
+    unfinished = str(
+        path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
     )
-    os.close(handle)
+    # As `open` does it: `tempfile` makes files that only their owner reads.
+    open(unfinished, "xb").close()
     try:
         yield unfinished
-        with open(unfinished, "rb") as file:
+        # Windows writes out only what is open for writing.
+        with open(unfinished, "r+b") as file:
             os.fsync(file.fileno())
-        # `mkstemp` makes files that only their owner reads.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(unfinished, 0o666 & ~mask)
         os.replace(unfinished, path)
     except BaseException:
         os.unlink(unfinished)

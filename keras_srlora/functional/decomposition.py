@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_srlora.backend.devices import along_kernel
 from keras_srlora.backend.devices import to_numpy
+from keras_srlora.backend.precision import full_precision
 
 OVERSAMPLING = 24
 # How often `W Wᵀ` is applied to the basis.
@@ -50,6 +51,7 @@ class Directions(NamedTuple):
         return self.singular_values[0] * side * np.finfo("float32").eps
 
 
+@full_precision()
 def decompose(matrix, count, method="auto"):
     """Computes the `count` leading singular directions of a matrix.
 

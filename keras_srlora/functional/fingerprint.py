@@ -4,8 +4,10 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
+from keras_srlora.backend.precision import full_precision
 
 
+@full_precision()
 def fingerprint(matrix):
     """16 numbers that tell kernels apart: the matrix between random vectors.
 

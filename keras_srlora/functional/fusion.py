@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_srlora.backend import devices
+from keras_srlora.backend.precision import full_precision
 from keras_srlora.functional.contraction import matmul
 
 
@@ -84,6 +85,7 @@ def relative_change(before, after):
     return float(devices.to_numpy(drift))
 
 
+@full_precision()
 def _product(a, b, scale, dtype):
     a = ops.transpose(ops.cast(a, dtype))
     return matmul(scale * a, ops.cast(b, dtype))

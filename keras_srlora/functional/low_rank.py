@@ -25,7 +25,7 @@ def without_rounding(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Leaves out the singular values that are zero but for rounding."""
     side = max(len(left), right.shape[1])
-    least = values[:1].sum() * side * np.finfo("float32").eps
+    least = values[:1].sum() * side * np.finfo(values.dtype).eps
     count = int(np.sum(values > least))
     return left[:, :count], values[:count], right[:count]
 

@@ -22,7 +22,10 @@ from keras_srlora.layers.switched_off import check_switched_on
 
 
 def srlora_layers(model) -> list:
-    """The SRLoRA layers anywhere inside a model, ordered by their paths.
+    """The SRLoRA layers anywhere inside a model, in the order of the model.
+
+    Not by paths: those of a model that was loaded from a file, or built again,
+    may be others.
 
     Raises:
         ValueError: if there is none, or `model` is no model.
@@ -42,8 +45,7 @@ def srlora_layers(model) -> list:
             "`keras_srlora.enable_srlora(model)` or build it with "
             "`keras_srlora.SRLoRADense`."
         )
-    # An unbuilt layer has no path yet. The sort keeps the order of equals.
-    return sorted(layers, key=lambda layer: layer.path or layer.name)
+    return layers
 
 
 def match_records(layers):
@@ -102,7 +104,7 @@ def initialize_factors(model, directions=None, verbose="auto") -> list:
         verbose: `"auto"`, 0 or 1, as in `enable_srlora`.
 
     Returns:
-        List of the SRLoRA layers, ordered by their paths.
+        List of the SRLoRA layers, in the order of the model.
 
     Raises:
         ValueError: before anything is changed, if there is no SRLoRA layer, one

@@ -87,6 +87,9 @@ class FloatKernel:
         self.variable.assign(as_kernel(rounded, self._plan))
         self.remainder = remainder
 
+    def check_room(self, rows, path):
+        """Raises where there is no room for these fused pairs: never."""
+
     def adopt(self, rows):
         """Follows a kernel that was loaded together with its record."""
 
@@ -156,6 +159,15 @@ class QuantizedKernel:
         for variable, array in zip(self.fused, rows):
             padding = variable.shape[0] - len(array)
             variable.assign(np.pad(array, ((0, padding), (0, 0))))
+
+    def check_room(self, rows, path):
+        if len(rows[0]) > self.room:
+            raise ValueError(
+                f"The quantized kernel of layer {path!r} has room for "
+                f"{self.room} pairs beside it. Build the layer with a "
+                "`target_rank` at least as large as that of the saved one. "
+                f"Received: {len(rows[0])} pairs"
+            )
 
     def adopt(self, rows):
         self.store(None, rows)

@@ -16,6 +16,12 @@ ADAPTED = {
 PLAIN = {adapted: plain for plain, adapted in ADAPTED.items()}
 
 
+def plain_kind(layer):
+    """Keras's class of an SRLoRA layer, or of one of a subclass."""
+    kinds = [PLAIN[x] for x in type(layer).__mro__ if x in PLAIN]
+    return kinds[0] if kinds else None
+
+
 def plain_class(layer):
     """The class of a layer, or that of which conversion made a `Converted`."""
     return getattr(type(layer), "plain_class", type(layer))

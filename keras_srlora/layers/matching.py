@@ -6,12 +6,14 @@ import numpy as np
 from keras import ops
 
 from keras_srlora.backend import devices
+from keras_srlora.backend.precision import full_precision
 from keras_srlora.layers import pairs
 
 # Far above rounding, a bfloat16 kernel's too, and far below a change.
 OTHER_KERNEL = 1e-2
 
 
+@full_precision()
 def find_record(layer):
     """How much of the record belongs to the kernel that the layer has.
 

@@ -13,13 +13,17 @@ from keras_srlora.backend.keras_private.nesting import inside
 def layer_paths(model: keras.Model) -> dict:
     """The path of each layer inside a model, `{id(layer): path}`.
 
-    That is `layer.path`. Two KerasHub backbones in one model have layers of the
+    That is `layer.path`, without the names of `Sequential` models: these begin
+    the paths in a model that code has built, and not in one that was loaded
+    from a `.keras` file. Two KerasHub backbones in one model have layers of the
     same paths: these begin with the names of the models that they are inside
     of, as in `"bert_backbone_1/transformer_layer_0/..."`. Automatic names are
     counted within the model, so that the same code makes the same paths.
     """
     layers = flatten_layers(model)
     paths = {id(layer): layer.path or layer.name for layer in layers}
+    for prefix, sequential in _sequentials(layers):
+        _strip(prefix, flatten_layers(sequential), paths)
     repeated = _repeated(paths)
     if repeated:
         # An outer model comes before those inside of it.
@@ -80,10 +84,12 @@ def named_layers(path, holder, layers, paths) -> list:
 def variable_paths(model: keras.Model) -> dict:
     """The path of each variable of a model, `{id(variable): path}`.
 
-    That is `variable.path`, or begins as that of its layer in `layer_paths`
-    where several have the same.
+    That is `variable.path`, without the names of `Sequential` models. It begins
+    as that of its layer in `layer_paths` where several have the same.
     """
     paths = {id(v): v.path for v in model.variables}
+    for prefix, sequential in _sequentials(flatten_layers(model)):
+        _strip(prefix, sequential.variables, paths)
     repeated = _repeated(paths)
     if repeated:
         of_layers = layer_paths(model)
@@ -110,6 +116,26 @@ def _inner_models(model, layers):
                 name = f"{automatic}_{count}" if count else automatic
             found.append((inner, name))
     return found
+
+
+def _sequentials(layers):
+    """`[(prefix, model)]` of the `Sequential` models among some layers.
+
+    An outer one comes before those inside of it.
+    """
+    return [
+        (f"{layer.path or layer.name}/", layer)
+        for layer in layers
+        if isinstance(layer, keras.Sequential)
+    ]
+
+
+def _strip(prefix, inside_of_it, paths):
+    """Takes a prefix off the paths of layers or variables in `paths`."""
+    for item in inside_of_it:
+        path = item.path or ""
+        if id(item) in paths and path.startswith(prefix):
+            paths[id(item)] = path[len(prefix) :]
 
 
 def _repeated(paths):

@@ -65,6 +65,8 @@ def load(layer, store):
             )
     arrays = {key: store[key] for key in keys - expected}
     record = Record.from_arrays(arrays)
+    if record.initialized:
+        layer.frozen.check_room(pairs.frozen_rows(layer, record), layer.path)
     for variable, value in zip(plain, weights):
         variable.assign(value)
     for name, factor in zip(names, layer.factors):

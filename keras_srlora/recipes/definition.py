@@ -162,6 +162,14 @@ class Recipe:
         ):
             count = check_count(field, getattr(self, field), unit)
             object.__setattr__(self, field, count)
+        if not isinstance(self.reuse_directions, (bool, np.bool_)):
+            raise ValueError(
+                "`reuse_directions` must be True or False. "
+                f"Received: reuse_directions={self.reuse_directions!r}"
+            )
+        object.__setattr__(
+            self, "reuse_directions", bool(self.reuse_directions)
+        )
         if self.reuse_directions and self.subtracts:
             raise ValueError(
                 "Directions can come again only where nothing is subtracted "
@@ -236,7 +244,13 @@ class Recipe:
 
     def choose_interval(self, steps: float, recompositions: float) -> float:
         """Steps between two of so many recompositions."""
-        return _function("schedule", self.schedule)(steps, recompositions)
+        interval = _function("schedule", self.schedule)(steps, recompositions)
+        if not interval > 0:
+            raise ValueError(
+                "The function for `schedule` in the recipe must return a "
+                f"number of steps above zero. Received: {interval!r}"
+            )
+        return interval
 
     @property
     def gate_class(self) -> type[Gate] | None:

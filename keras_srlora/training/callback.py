@@ -7,6 +7,7 @@ import keras
 from keras_srlora.backend import devices
 from keras_srlora.backend.arguments import check_count
 from keras_srlora.backend.arguments import check_fraction
+from keras_srlora.layers.base import SRLoRALayer
 from keras_srlora.layers.find import srlora_layers
 from keras_srlora.recipes.definition import Recipe
 from keras_srlora.recipes.definition import get_recipe
@@ -14,6 +15,7 @@ from keras_srlora.training import preparation
 from keras_srlora.training import resume
 from keras_srlora.training import wrapping
 from keras_srlora.training.losses import LossReader
+from keras_srlora.training.losses import has_validated
 from keras_srlora.training.losses import warn_of_no_loss
 from keras_srlora.training.recomposer import COMPANION
 from keras_srlora.training.recomposer import Recomposer
@@ -157,6 +159,9 @@ class RecompositionCallback(keras.callbacks.Callback):
         )
 
     def on_test_begin(self, logs=None) -> None:
+        if self._running:
+            # After it the model's metrics count the examples of validation.
+            self._count_predictions(self._epoch_steps)
         self._withdraw()
 
     def on_predict_begin(self, logs=None) -> None:
@@ -219,9 +224,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._model, self._outer_optimizer, recomposer.optimizer
         )
         self._step = self._epoch_start + batch
-        if batch and recomposer.pace.wants_predictions:
-            found = wrapping.predictions_per_step(self.model, batch)
-            recomposer.pace.report_predictions(found)
+        self._count_predictions(batch)
         if recomposer.is_due(self._step):
             # On JAX variables are not up to date during an epoch; the public
             # property sees to it.
@@ -240,6 +243,8 @@ class RecompositionCallback(keras.callbacks.Callback):
         learned = not self._epoch_steps
         if learned:
             self._epoch_steps = max(self._batches_ended) + 1
+        if not has_validated(logs):
+            self._count_predictions(self._epoch_steps)
         self._step = self._epoch_start + self._epoch_steps
         recomposer.pace.state.epoch_steps = self._epoch_steps
         if learned:
@@ -264,8 +269,17 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._running = False
         self._prepared = False
         wrapping.unwrap_optimizer(self._model)
-        # The state of the run stays with the weights.
-        self.recomposer.layers[0].companions.detach(COMPANION)
+        first = self.recomposer.layers[0]
+        # Another callback may have merged it when training ended.
+        if isinstance(first, SRLoRALayer):
+            # The state of the run stays with the weights.
+            first.companions.detach(COMPANION)
+
+    def _count_predictions(self, steps):
+        """Counts what the first steps of an epoch have learnt from."""
+        if steps and self.recomposer.pace.wants_predictions:
+            found = wrapping.predictions_per_step(self.model, steps)
+            self.recomposer.pace.report_predictions(found)
 
     def _stop_gate(self):
         self.recomposer.pace.state.gate = None
@@ -285,9 +299,11 @@ def _begins_fit(model):
 
 
 def _epoch_logs(events, layers):
+    # Without those that another callback has merged.
+    layers = [layer for layer in layers if isinstance(layer, SRLoRALayer)]
     used = [layer.record.used.sum() for layer in layers]
     return {
         "srlora_recompositions": len({event.step for event in events}),
-        "srlora_directions": float(sum(used) / len(used)),
+        "srlora_directions": float(sum(used) / max(1, len(used))),
         "srlora_drift": max((event.drift for event in events), default=0.0),
     }

@@ -76,3 +76,8 @@ def _own_mean(model):
         if name in means:
             return means[name]
     return next(iter(means.values())) if len(means) == 1 else None
+
+
+def has_validated(logs) -> bool:
+    """Whether the logs of an epoch come after its validation."""
+    return any(name.startswith("val_") for name in logs or {})

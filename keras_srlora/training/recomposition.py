@@ -195,8 +195,21 @@ def choose_directions(record, recipe: Recipe, count: int, kept) -> np.ndarray:
         number = min(count - len(chosen), len(found))
         if number:
             of_level = recipe.select_directions(values, found, number)
+            _check_choice("order", of_level, found, number)
             chosen = np.concatenate([chosen, of_level])
     return chosen
+
+
+def _check_choice(name, chosen, allowed, count):
+    """Raises where a function of the user chose what it must not choose."""
+    array = np.asarray(chosen)
+    valid = array.shape == (count,) and np.isin(array, allowed).all()
+    if not valid or len(np.unique(array)) < count:
+        raise ValueError(
+            f"The function for `{name}` in the recipe must return {count} "
+            f"different numbers out of {allowed.tolist()}. "
+            f"Received: {chosen!r}"
+        )
 
 
 class Work(NamedTuple):
@@ -276,6 +289,7 @@ def _recompose_layer(layer, path, recipe, scores, step):
         pairs_per_recomposition(layer, recipe), _pairs_left(layer, recipe)
     )
     slots = recipe.select_pairs(Pairs(scores, record.slot_started), count)
+    _check_choice("selection", slots, np.arange(layer.rank), count)
     kept = np.setdiff1d(np.arange(layer.rank), slots)
     directions = choose_directions(record, recipe, count, kept)
     slots = slots[: len(directions)]

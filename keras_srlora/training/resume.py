@@ -60,6 +60,13 @@ def begin_run(recomposer, model, first_epoch, epochs, epoch_steps):
     if goes_on and (saved.schedule.interval or saved.gate):
         recomposer.resume(saved, steps)
         return steps
+    if first_epoch > 0 and saved.begun < 0:
+        _warn(
+            f"`fit` begins with epoch {first_epoch}, and the layers hold no "
+            "run that could go on: the weights were saved before one, or came "
+            "without it. The recipe begins now, at step "
+            f"{step}, with new scores."
+        )
     recomposer.start(step, steps)
     if not steps and not recomposer.pace.interval and epochs - first_epoch == 1:
         _warn(

@@ -1,6 +1,5 @@
 """How an optimizer's steps come to be scored, and those of new pairs scaled."""
 
-import weakref
 from typing import NamedTuple
 
 from keras import ops
@@ -11,8 +10,10 @@ from keras_srlora.training.optimizer import SensitivityOptimizer
 from keras_srlora.training.optimizer import is_torch_optimizer
 from keras_srlora.training.sensitivity import Sensitivity
 
-# `{optimizer of torch.optim: [hooks]}`; it has no place for them itself.
-_hooks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# The attribute of an optimizer of `torch.optim` with its `_TorchHooks`, which
+# PyTorch neither saves nor copies. A table here would keep all of them alive:
+# the hooks lead to the layers, and these to the run and its optimizer.
+HOOKS = "_srlora_hooks"
 
 
 def score_steps(optimizer, layers, beta1, beta2):
@@ -28,7 +29,7 @@ def score_steps(optimizer, layers, beta1, beta2):
         wrapper = SensitivityOptimizer(optimizer, layers, beta1, beta2)
         return wrapper, wrapper.sensitivity
     hooks = _TorchHooks(optimizer, layers, beta1, beta2)
-    _hooks[optimizer] = [*_drop_detached(optimizer), hooks]
+    vars(optimizer)[HOOKS] = [*_drop_detached(optimizer), hooks]
     return optimizer, hooks.sensitivity
 
 
@@ -53,7 +54,7 @@ def find_corrections(optimizer) -> dict:
     """
     if is_torch_optimizer(optimizer):
         found = {}
-        for hooks in _hooks.get(optimizer, ()):
+        for hooks in vars(optimizer).get(HOOKS, ()):
             if hooks.betas(optimizer) is not None:
                 steps = int(hooks.steps(optimizer))
                 correction = Correction(hooks.ages, steps)
@@ -100,7 +101,14 @@ class _TorchHooks:
                 return state["step"]
         return 0
 
-    def _before(self, optimizer, *_):
+    def _before(self, optimizer, args, kwargs):
+        if any(x is not None for x in (*args[1:], *kwargs.values())):
+            raise ValueError(
+                "`optimizer.step(closure)` computes the gradients after they "
+                "would be scored. Call the closure yourself: `loss = "
+                "closure()`, then `optimizer.step()`. "
+                f"Received: {[*args[1:], *kwargs.values()]}"
+            )
         # Before the step: a weight and its gradient belong together.
         self._score(optimizer)
         old = self.ages.copy_factors()
@@ -135,7 +143,7 @@ class _TorchHooks:
 def _drop_detached(optimizer):
     """The hooks of earlier runs with layers that no later run has taken."""
     kept = []
-    for hooks in _hooks.get(optimizer, ()):
+    for hooks in vars(optimizer).get(HOOKS, ()):
         if hooks.ages.is_attached:
             kept.append(hooks)
         else:

@@ -103,11 +103,12 @@ class Sensitivity:
             for layer in self.layers
             if all(id(v) in gradient_of for v in layer.factors)
         ]
+        of_loss = set(map(id, scored))
         # In its place, weights and gradients of zero keep the lengths.
         zeros = {
             id(v): np.zeros(v.shape, "float32")
             for layer in self.layers
-            if layer not in scored
+            if id(layer) not in of_loss
             for v in layer.factors
         }
         factors = [v for layer in self.layers for v in layer.factors]
