@@ -25,29 +25,26 @@ from keras_srlora.training.recomposition import Recomposition
 class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
-    Without arguments it follows the recipe of the layers. The default recipe,
-    `"adaptive"`, trains each pair for a thirtieth of the run, at least 200
-    steps and 200,000 predictions (tokens, values or labels). Then it fuses the
-    pair and restarts its slot, until 0.85 of the run. A run is plain LoRA if it
-    has fewer than five such lifetimes, 250,000 predictions for each pair of a
-    layer, or 200,000 an epoch. It warns if a run has too few predictions.
+    The default recipe, `"adaptive"`, trains each pair for a thirtieth of the
+    run, at least 200 steps and 200,000 predictions (tokens, values or labels).
+    Then it fuses the pair and restarts its slot, until 0.85 of the run. A run
+    is plain LoRA if it has fewer than five such lifetimes, 250,000 predictions
+    for each pair of a layer, or 200,000 an epoch: it warns of few predictions.
 
-    Expect a gain in long runs whose task needs an update of a higher rank. The
-    length of a run is `epochs` times the steps of an epoch. If the data set has
-    no size, the length is known after the first epoch.
+    A run is one `fit`. Its length is `epochs` times the steps of an epoch. If
+    the data set has no size, it is known after the first epoch.
 
     During `fit` the optimizer is wrapped in a `SensitivityOptimizer`. A step is
-    a batch. A recomposition takes place between two batches; with
-    `gradient_accumulation_steps` it waits for the end of the accumulation, with
-    `steps_per_execution` for the end of the execution.
+    a batch. Recompositions come between two batches, and wait for the end of a
+    gradient accumulation, or of an execution of several steps.
 
     Args:
         interval: int or `None`. Steps between two recompositions, in place of
             the recipe's gate and schedule. Defaults to `None`: the recipe's.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one. Defaults to `None`: the recipe's.
-        recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
-            layers. Another start of pairs only before they are trained.
+        recipe: a `Recipe` or its name; one with another `start` only before
+            training. Defaults to `None`: that of the layers.
         verbose: 0 or 1. With 1, prints a line for each recomposition. Defaults
             to `0`.
 
@@ -64,7 +61,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         ValueError: when `fit` starts, before anything changes, if there is no
             SRLoRA layer, a layer is not built or is frozen, a kernel is not
             finite, the optimizer is not supported or was built for other
-            variables, this callback follows another `fit`, or `fit` has two.
+            variables, `fit` has two of them, or this one is in two at a time.
         RuntimeError: if the model's optimizer is replaced during the run, or
             the processes of a distributed run start from different weights or
             score different gradients.
@@ -74,7 +71,6 @@ class RecompositionCallback(keras.callbacks.Callback):
     ```python
     callback = keras_srlora.RecompositionCallback(verbose=1)
     model.fit(train, epochs=3, callbacks=[callback])
-    [event.to_dict() for event in callback.events]
     ```
 
     References:
@@ -161,7 +157,7 @@ class RecompositionCallback(keras.callbacks.Callback):
     def on_test_begin(self, logs=None) -> None:
         if self._running:
             # After it the model's metrics count the examples of validation.
-            self._count_predictions(self._epoch_steps)
+            wrapping.count_predictions(self, self._epoch_steps)
         self._withdraw()
 
     def on_predict_begin(self, logs=None) -> None:
@@ -209,13 +205,12 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._batches_ended: list[int] = []
 
     # A recomposition comes at the begin of a batch. Keras calls
-    # `on_train_batch_end` in another thread, while the next step runs already;
-    # without `async_safe` it would wait for the result of each step instead.
+    # `on_train_batch_end` in other threads, in any order, while the next step
+    # runs; without `async_safe` it would wait for the result of each step.
 
     async_safe = True
 
     def on_train_batch_end(self, batch, logs=None) -> None:
-        # Calls may overtake each other; appending is safe from any thread.
         self._batches_ended.append(batch)
 
     def on_train_batch_begin(self, batch, logs=None) -> None:
@@ -224,7 +219,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             self._model, self._outer_optimizer, recomposer.optimizer
         )
         self._step = self._epoch_start + batch
-        self._count_predictions(batch)
+        wrapping.count_predictions(self, batch)
         if recomposer.is_due(self._step):
             # On JAX variables are not up to date during an epoch; the public
             # property sees to it.
@@ -244,7 +239,7 @@ class RecompositionCallback(keras.callbacks.Callback):
         if learned:
             self._epoch_steps = max(self._batches_ended) + 1
         if not has_validated(logs):
-            self._count_predictions(self._epoch_steps)
+            wrapping.count_predictions(self, self._epoch_steps)
         self._step = self._epoch_start + self._epoch_steps
         recomposer.pace.state.epoch_steps = self._epoch_steps
         if learned:
@@ -269,17 +264,10 @@ class RecompositionCallback(keras.callbacks.Callback):
         self._running = False
         self._prepared = False
         wrapping.unwrap_optimizer(self._model)
+        # The state of the run stays with the weights, unless they were merged.
         first = self.recomposer.layers[0]
-        # Another callback may have merged it when training ended.
         if isinstance(first, SRLoRALayer):
-            # The state of the run stays with the weights.
             first.companions.detach(COMPANION)
-
-    def _count_predictions(self, steps):
-        """Counts what the first steps of an epoch have learnt from."""
-        if steps and self.recomposer.pace.wants_predictions:
-            found = wrapping.predictions_per_step(self.model, steps)
-            self.recomposer.pace.report_predictions(found)
 
     def _stop_gate(self):
         self.recomposer.pace.state.gate = None

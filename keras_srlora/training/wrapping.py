@@ -78,9 +78,19 @@ def check_first(model, of_fit):
         )
 
 
-def predictions_per_step(model, steps):
-    """As `PredictionCounter.per_step`, of a model that `fit` trains."""
-    return get_kept_training(model).counter.per_step(model, steps)
+def count_predictions(callback, steps):
+    """Tells a run how many predictions the first steps of an epoch had.
+
+    Args:
+        callback: the `RecompositionCallback` of the run.
+        steps: int. Steps of the epoch that are done; with 0 nothing happens.
+    """
+    pace = callback.recomposer.pace
+    if steps and pace.wants_predictions:
+        # On JAX the public property brings the metrics up to date.
+        model = callback.model
+        counter = get_kept_training(model).counter
+        pace.report_predictions(counter.per_step(model, steps))
 
 
 def is_wrapped_by(model, wrapper):
