@@ -157,9 +157,10 @@ def combine_adapters(
     """Adds the weighted sum of adapters as a new adapter, and makes it current.
 
     Each kernel gets the exact weighted sum of the whole updates, fused pairs
-    included. The largest pairs become the factors. The others, at most
-    `target_rank`, are fused into the frozen kernel. The other trained variables
-    keep their values.
+    included. The largest pairs become the factors. The others are fused into
+    the frozen kernel: any number, or at most `target_rank` if it is quantized
+    or the recipe uses each direction once. The other trained variables keep
+    their values.
 
     Args:
         model: a `keras.Model` with SRLoRA layers.
@@ -172,7 +173,7 @@ def combine_adapters(
     Raises:
         ValueError: before anything changes, if a name does not exist or the new
             one is taken, a weight is not a finite number, a sum is not finite
-            or needs a rank above `rank + target_rank`, and as in `set_adapter`.
+            or has no room, and as in `set_adapter`.
 
     Example:
 

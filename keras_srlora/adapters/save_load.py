@@ -48,9 +48,9 @@ def save_adapter(
     """Writes the adapter, without the pretrained kernels.
 
     The file (safetensors) holds for each layer the factors, the fused pairs,
-    the directions that are unused or were subtracted, and the record: at most
-    `2 · target_rank` pairs in each kernel, however many recompositions there
-    were. Its metadata describe the model: paths, equations, shapes, rank,
+    the directions that are unused or were subtracted, and the record. If a
+    recipe uses each direction once, these are at most `2 · target_rank` pairs
+    in each kernel. Its metadata describe the model: paths, equations, shapes, rank,
     `target_rank`, `lora_alpha`, recipe, and a fingerprint of each pretrained
     kernel. It is written whole or not at all.
 

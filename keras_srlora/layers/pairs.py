@@ -104,7 +104,7 @@ def update_factors(layer):
     Returns:
         arrays `a` of shape `(k, in)` and `b` of shape `(k, out)`: the
         update is `aᵀ @ b`. The fused pairs, the directions that were
-        subtracted, and the pairs being trained; at most `2 · target_rank`.
+        subtracted, and the pairs being trained.
     """
     a, b = factors_to_numpy(layer)
     fused_a, fused_b = frozen_rows(layer, layer.record)

@@ -57,8 +57,8 @@ class Recipe:
             function `(steps, recompositions) -> interval`.
         gate: `"none"`, or `"flat_loss"`: the run does not recompose while the
             training loss falls. Once the loss is flat, one recomposition is
-            tried. If the loss then falls faster than before, the others follow
-            by the schedule, as long as it falls. A class with the methods of
+            tried. If this speeds up the loss, the schedule continues until the
+            loss is flat again. A class with the methods of
             `keras_srlora.recipes.protocol.Gate`.
         turns: int. Number of groups of layers that recompose in turn: every
             `turns`-th layer at a time, so that few pairs are new at once.

@@ -75,7 +75,7 @@ class Recomposer:
     Raises:
         ValueError: before anything changes, if there is no SRLoRA layer, one is
             not built or frozen, a kernel is not finite, the optimizer does not
-            fit, the pairs did not start as the recipe's do, or neither
+            fit, the layers began with another `start`, or neither
             `total_steps` nor `interval` is given.
     """
 
