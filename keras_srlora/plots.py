@@ -249,6 +249,12 @@ def plot_importance(events, *, layer=None, ax=None):
     """
     ax = _axes(ax)
     events = getattr(events, "events", events)
+    if not isinstance(events, list):
+        raise ValueError(
+            "The scores of all pairs are with a `RecompositionCallback`, a "
+            "`Recomposer`, or a list of `Recomposition`. "
+            f"Received: {events!r}"
+        )
     if not events:
         raise ValueError(
             "Nothing was recomposed: there are no scores to show. "
@@ -298,6 +304,12 @@ def layer_runs(run) -> list[LayerRun]:
             f"Received: {run!r}"
         )
     for layer in layers:
+        if not isinstance(layer, SRLoRALayer):
+            raise ValueError(
+                f"Layer {layer.path!r} was merged, and has no record any more. "
+                "Draw before merging, or pass the path of a file of "
+                f"`save_adapter`. Received: a {type(layer).__name__}"
+            )
         if not layer.initialized:
             raise ValueError(
                 f"The kernel of layer {layer.path!r} was not decomposed yet: "

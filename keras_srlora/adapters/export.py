@@ -53,9 +53,9 @@ def export_lora(
     """Writes a backbone's adapter as KerasHub's own LoRA weights.
 
     However often pairs were fused, the total update of a kernel is a product of
-    two factors. KerasHub reads factors of one rank for all layers. Its LoRA of an `EinsumDense` layer splits the last axis
-    of the kernel from the rest, so the rank there is at most the size of that
-    axis.
+    two factors. KerasHub reads factors of one rank for all layers. Its LoRA of
+    an `EinsumDense` layer splits the last axis of the kernel from the rest, so
+    the rank there is at most the size of that axis.
 
     ```python
     exported = keras_srlora.export_lora(backbone, "reviews.lora.h5")

@@ -50,9 +50,9 @@ def save_adapter(
     The file (safetensors) holds for each layer the factors, the fused pairs,
     the directions that are unused or were subtracted, and the record. If a
     recipe uses each direction once, these are at most `2 · target_rank` pairs
-    in each kernel. Its metadata describe the model: paths, equations, shapes, rank,
-    `target_rank`, `lora_alpha`, recipe, and a fingerprint of each pretrained
-    kernel. It is written whole or not at all.
+    in each kernel. Its metadata describe the model: paths, equations, shapes,
+    rank, `target_rank`, `lora_alpha`, recipe, and a fingerprint of each
+    pretrained kernel. It is written whole or not at all.
 
     If the model has several adapters (`add_adapter`), the current one is saved.
     Layers that were not decomposed yet have learned nothing, and are left out.

@@ -22,9 +22,8 @@ def _closed():
     plt.close("all")
 
 
-@pytest.fixture(scope="module", params=["paper", "lora_restarts"])
-def run(request, tmp_path_factory):
-    """`(model, callback, path of an adapter file)`; the last 24 steps long."""
+def trained(recipe):
+    """A model, and the callback of its run of 24 steps."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((12,))
     x = keras.layers.Dense(16, activation="tanh", name="first")(inputs)
@@ -34,7 +33,7 @@ def run(request, tmp_path_factory):
         model,
         2,
         target_layer_names=["first", "second"],
-        recipe=request.param,
+        recipe=recipe,
     )
     model.compile("adam", "mse")
     recipe = keras_srlora.Recipe(
@@ -52,6 +51,13 @@ def run(request, tmp_path_factory):
         verbose=0,
         callbacks=[callback],
     )
+    return model, callback
+
+
+@pytest.fixture(scope="module", params=["paper", "lora_restarts"])
+def run(request, tmp_path_factory):
+    """`(model, callback, path of an adapter file)`."""
+    model, callback = trained(request.param)
     path = tmp_path_factory.mktemp("run") / "run.safetensors"
     keras_srlora.save_adapter(model, path, include_trainable=True)
     return model, callback, path
@@ -144,3 +150,24 @@ def test_what_cannot_be_shown_is_refused(run):
     fresh.build((None, 5))
     with pytest.raises(ValueError, match="not decomposed yet"):
         plots.plot_spectrum(fresh)
+
+
+def test_a_merged_run_is_told(tmp_path):
+    model, callback = trained("lora_restarts")
+    path = tmp_path / "run.safetensors"
+    keras_srlora.save_adapter(model, path, include_trainable=True)
+    keras_srlora.merge_srlora(model)
+    for draw in (
+        lambda run: plots.plot_loss([1.0, 2.0], run),
+        plots.plot_active_directions,
+        plots.plot_spectrum,
+    ):
+        with pytest.raises(ValueError, match="was merged.*Draw before merging"):
+            draw(callback)
+        draw(path)
+
+
+@pytest.mark.parametrize("run", ["run.safetensors", None])
+def test_importance_needs_events(run):
+    with pytest.raises(ValueError, match="scores of all pairs are with"):
+        plots.plot_importance(run)
