@@ -26,6 +26,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_srlora.adapters.combine import part_of
 from keras_srlora.adapters.format import FACTORS
 from keras_srlora.adapters.format import open_adapter
 from keras_srlora.functional.low_rank import thin_svd
@@ -334,21 +335,12 @@ def _from_file(filepath):
             record.events,
             record.slot_direction,
             record.starts_as_lora,
-            lambda record=record, arrays=arrays, scale=scale: _update(
-                record, arrays, scale
-            ),
+            lambda record=record, arrays=arrays, scale=scale: part_of(
+                *(arrays[name] for name in FACTORS), scale, record
+            )[:2],
         )
         for saved, arrays, record, scale in open_adapter(filepath)
     ]
-
-
-def _update(record, arrays, scale):
-    a, b = (arrays[name] for name in FACTORS)
-    fused_a, fused_b = record.frozen_rows(scale)
-    return (
-        np.concatenate([fused_a, scale * a]),
-        np.concatenate([fused_b, b]),
-    )
 
 
 def _choose(runs, layer):
