@@ -38,6 +38,7 @@ CURVE = (1, 2, 4, 8, 16, 32, 64)
 LONG_CURVES = ("code_small", "code_6000_small", "posts_small", "imdb")
 # Long runs with plenty of data, the default at LoRA's own best learning rate.
 LONG = {
+    "code": "GPT 96 wide, source code, 2,000 steps",
     "code_small": "GPT, source code, 2,000 steps",
     "code_small_8e": "GPT, an eighth of the text, 8 epochs",
     "code_6000_small": "GPT, source code, 6,000 steps",

@@ -8,9 +8,10 @@ def find_by_path(path, by_path, what, filepath):
     found = by_path.get(path, [])
     if len(found) == 1:
         return found[0]
+    number = f"{len(found)} of that path" if found else f"no such {what}"
     raise ValueError(
-        f"{str(filepath)!r} is for a {what} {path!r}; the model has "
-        f"{len(found)} of that path. {_explain_names(path, by_path)}"
+        f"{str(filepath)!r} is for a {what} {path!r}; the model has {number}. "
+        f"{_explain_names(path, by_path)}"
     )
 
 

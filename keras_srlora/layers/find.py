@@ -69,9 +69,9 @@ def match_records(layers):
     if late:
         warnings.warn(
             f"{len(late)} SRLoRA layers have the weights of an earlier step, "
-            "as `EarlyStopping(restore_best_weights=True)` restores them: "
-            f"{[layer.path for layer in late[:3]]}. Their records were taken "
-            "back to it.",
+            "as `EarlyStopping(restore_best_weights=True)` restores them, "
+            f"such as {[layer.path for layer in late[:3]]}. Their records were "
+            "taken back to it.",
             stacklevel=3,
         )
 
