@@ -114,7 +114,11 @@ class Converted(KerasMixin):
         optimizer = getattr(self, "optimizer", None)
         if builds_when_called(self):
             plain.pop("build_config", None)
+        # KerasHub looks here whether a text encoder has a dtype of its own, and
+        # writes one else.
+        dtype = {k: v for k, v in plain["config"].items() if k == "dtype"}
         return {
+            **dtype,
             "plain": plain,
             "adapted": [
                 {"place": place, "arguments": layer.get_arguments()}
