@@ -50,7 +50,7 @@ def warn_of_whole_factors(layers):
             if axis and distribution.get_tensor_layout(factor.path) is None:
                 missing[factor.path] = (None, axis)
     if missing:
-        keys = [f"layout_map[{k!r}] = {v}" for k, v in missing.items()]
+        keys = [f"layout_map[{k!r}] = {missing[k]}" for k in sorted(missing)]
         warnings.warn(
             "The layout map shards the kernels of SRLoRA layers and has no key "
             f"for {len(missing)} of their factors, so that each device holds "
