@@ -19,6 +19,7 @@ axes.figure.savefig("directions.png")
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import re
 from typing import NamedTuple
@@ -335,12 +336,16 @@ def _from_file(filepath):
             record.events,
             record.slot_direction,
             record.starts_as_lora,
-            lambda record=record, arrays=arrays, scale=scale: part_of(
-                *(arrays[name] for name in FACTORS), scale, record
-            )[:2],
+            functools.partial(_update, arrays, scale, record),
         )
         for saved, arrays, record, scale in open_adapter(filepath)
     ]
+
+
+def _update(arrays, scale, record):
+    a, b = (arrays[name] for name in FACTORS)
+    whole = part_of(a, b, scale, record)
+    return whole.a, whole.b
 
 
 def _choose(runs, layer):

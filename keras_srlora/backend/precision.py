@@ -31,13 +31,34 @@ def full_precision():
         finally:
             config.experimental.enable_tensor_float_32_execution(before)
     elif backend == "torch":
-        import torch
+        with _full_precision_in_torch():
+            yield
+    else:
+        yield
 
+
+@contextlib.contextmanager
+def _full_precision_in_torch():
+    """PyTorch rounds only where the user allows it, in one of two ways."""
+    import torch
+
+    try:
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:
+        # It cannot express what was set by `fp32_precision`.
+        matmul = torch.backends.cuda.matmul
+        chosen = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
-    else:
+            matmul.fp32_precision = chosen
+        return
+    if before == "highest":
         yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

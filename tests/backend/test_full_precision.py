@@ -93,3 +93,23 @@ def test_kernels_are_computed_in_full(compute, monkeypatch):
     with low_precision():
         compute(layer)
     assert seen and set(seen) == {FULL}
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch has two ways")
+def test_the_newer_way_of_pytorch():
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("an older PyTorch")
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with full_precision():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    with full_precision():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert matmul.fp32_precision == before
