@@ -9,7 +9,6 @@ import numpy as np
 from keras_srlora.functional.low_rank import balanced
 from keras_srlora.functional.low_rank import thin_svd
 from keras_srlora.layers import pairs
-from keras_srlora.layers.record import EVENT
 from keras_srlora.layers.record import Record
 
 
@@ -124,7 +123,6 @@ def with_fused(record, rank, fused_a, fused_b):
     np.add.at(combined.visits, taken, 1)
     padding = ((0, count - len(fused_a)), (0, 0))
     combined.add_fused(np.pad(fused_a, padding), np.pad(fused_b, padding))
-    combined.add_events(count, {"direction": taken})
     # They are no recomposition: all slots have their first pairs.
-    combined.events[:, EVENT.index("recomposition")] = 0
+    combined.add_events(count, {"recomposition": 0, "direction": taken})
     return combined

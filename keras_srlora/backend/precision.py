@@ -45,7 +45,7 @@ def _full_precision_in_torch():
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # It cannot express what was set by `fp32_precision`.
+        # The user has set `fp32_precision`, which this function cannot read.
         matmul = torch.backends.cuda.matmul
         chosen = matmul.fp32_precision
         matmul.fp32_precision = "ieee"

@@ -108,8 +108,8 @@ class Record:
 
         Args:
             count: int.
-            columns: dict from names of `EVENT` to numbers or arrays; the other
-                columns are zero.
+            columns: dict from names of `EVENT` to numbers or arrays. Other
+                columns are zero; `recomposition` is the next number.
         """
         rows = np.zeros((count, len(EVENT)))
         rows[:, EVENT.index("recomposition")] = 1 + max(
