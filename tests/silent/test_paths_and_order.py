@@ -221,7 +221,9 @@ class DenseCell(keras.layers.Layer):
         super().__init__(**kwargs)
         self.units = self.state_size = units
         self.seen = keras.layers.Dense(units, name="seen")
-        self.remembered = keras.layers.Dense(units, name="remembered")
+        self.remembered = keras.layers.Dense(
+            units, use_bias=False, name="remembered"
+        )
 
     def build(self, shape):
         self.seen.build(shape)
