@@ -58,12 +58,15 @@ class PredictionCounter:
         shapes: list of the shapes of the predictions, without the batch;
             `None` before the first step, or where the model's own `train_step`
             does not call `compute_loss`.
+        vectors: list of bools, in the order of `shapes`; see
+            `is_one_prediction`.
         names: list of the outputs' names, in the order of `shapes`, where the
             model returns a dict.
     """
 
     def __init__(self):
         self.shapes: list | None = None
+        self.vectors: list = []
         self.names: list = []
 
     def watch(self, model):
@@ -77,9 +80,9 @@ class PredictionCounter:
         compute_loss = model.compute_loss
 
         def watched(*args, **kwargs):
-            y_pred = kwargs.get("y_pred", args[2] if len(args) > 2 else None)
-            if y_pred is not None:
-                self._note(y_pred)
+            given = dict(zip(("x", "y", "y_pred"), args)) | kwargs
+            if given.get("y_pred") is not None:
+                self._note(given.get("y"), given["y_pred"])
             return compute_loss(*args, **kwargs)
 
         watched.before = vars(model).get("compute_loss")  # type: ignore[attr-defined]
@@ -93,9 +96,18 @@ class PredictionCounter:
             if watched.before is not None:
                 vars(model)["compute_loss"] = watched.before
 
-    def _note(self, y_pred):
+    def _note(self, y, y_pred):
         self.names = sorted(y_pred) if isinstance(y_pred, dict) else []
-        self.shapes = [tuple(x.shape)[1:] for x in keras.tree.flatten(y_pred)]
+        predictions = keras.tree.flatten(y_pred)
+        self.shapes = [tuple(x.shape)[1:] for x in predictions]
+        targets = [] if y is None else keras.tree.flatten(y)
+        if isinstance(y, dict) != isinstance(y_pred, dict):
+            # Perhaps in another order than the outputs.
+            targets = []
+        self.vectors = [
+            is_one_prediction(*pair) for pair in zip(targets, predictions)
+        ]
+        self.vectors += [False] * (len(predictions) - len(self.vectors))
 
     def per_step(self, model, steps):
         """Predictions of a step, on the average over an epoch so far.
@@ -107,7 +119,8 @@ class PredictionCounter:
 
         Returns:
             A float; `None` where the model does not say: it has sequences of
-            any length, or a loss that is not one of Keras.
+            any length, or a loss that is not of Keras and may compare single
+            values as well as whole vectors.
         """
         metric = loss_metric(model)
         per_example = self._per_example(model)
@@ -123,17 +136,22 @@ class PredictionCounter:
         if losses is None:
             return None
         counts = [
-            count_predictions(shape, loss)
-            for shape, loss in zip(self.shapes or [], losses)
+            count_predictions(shape, loss, as_vectors)
+            for shape, loss, as_vectors in zip(
+                self.shapes or [], losses, self.vectors
+            )
             if loss is not None
         ]
         return None if None in counts else sum(counts)
 
     def _loss_of_each(self, model):
         """What `compile` was given for each output, or `None`."""
-        loss = getattr(model, "loss", None)
-        if loss is None or self.shapes is None:
+        if self.shapes is None:
             return None
+        loss = getattr(model, "loss", None)
+        if loss is None:
+            # The model's own `compute_loss`.
+            loss = type(model).compute_loss
         if isinstance(loss, dict):
             names = self.names or getattr(model, "output_names", [])
             loss = [loss.get(name) for name in names]
@@ -142,12 +160,33 @@ class PredictionCounter:
         return loss if len(loss) == len(self.shapes) else None
 
 
-def count_predictions(shape, loss):
-    """Predictions in an output of a shape without the batch, or `None`."""
+def is_one_prediction(target, prediction):
+    """Whether any loss compares each vector of an output as a whole.
+
+    It does if a target is one value for the vector, as the label of a class is,
+    or if the vector has one value.
+    """
+    shape, of_target = tuple(prediction.shape), tuple(target.shape)
+    if len(shape) < 2 or shape[-1] == 1:
+        return True
+    if len(of_target) == len(shape):
+        return of_target[-1] == 1
+    return len(of_target) == len(shape) - 1
+
+
+def count_predictions(shape, loss, as_vectors=False):
+    """Predictions in an output of a shape without the batch, or `None`.
+
+    Args:
+        shape: tuple.
+        loss: what `compile` was given for this output.
+        as_vectors: bool. Whether a loss that is not of Keras compares whole
+            vectors; see `is_one_prediction`.
+    """
     if isinstance(loss, str):
         loss = keras.losses.get(loss)
     if not _is_one_of(loss, OF_VALUES):
-        if not _is_one_of(loss, OF_VECTORS):
+        if not as_vectors and not _is_one_of(loss, OF_VECTORS):
             return None
         shape = shape[:-1]
     return None if None in shape else math.prod(shape)

@@ -88,6 +88,57 @@ def test_outputs_are_added(loss, as_dict, expected):
     assert counted(model, x, y) == 4 * expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "target", "expected"),
+    [
+        ((10,), (), 1),
+        ((10,), (1,), 1),
+        ((1,), (), 1),
+        ((7, 10), (7,), 7),
+        ((7, 10), (7, 1), 7),
+        ((10,), (10,), 0),  # values, or the classes of one label
+        ((1,), (1,), 1),
+        ((7, 10), (7, 10), 0),
+    ],
+)
+def test_a_loss_of_the_users_own_compares_what_each_target_is_for(
+    shape, target, expected
+):
+    def own(y_true, y_pred):
+        y_true = keras.ops.reshape(y_true, (-1, 1))
+        y_pred = keras.ops.reshape(y_pred, (y_true.shape[0], -1))
+        return keras.ops.mean(keras.ops.square(y_true - y_pred))
+
+    model = adapted(shape, loss=own)
+    x, y = np.ones((8, 4), "float32"), np.ones((8, *target), "int32")
+    assert counted(model, x, y) == 4 * expected
+
+
+def test_targets_belong_to_outputs_by_their_names():
+    loss = {"out_0": own_loss, "out_1": CROSSENTROPY}
+    x = np.ones((8, 4), "float32")
+    y = {"out_1": np.ones(8, "int32"), "out_0": np.ones((8, 1), "float32")}
+    model = adapted((10,), (3,), loss=loss, as_dict=True)
+    assert counted(model, x, y) == 4 * 2
+    # A list of outputs is perhaps in another order than the names.
+    model = adapted((10,), (3,), loss=loss)
+    assert counted(model, x, y) == 0
+
+
+def test_a_run_that_learns_a_label_an_example_is_lora_with_any_loss():
+    def smoothed(labels, logits):
+        labels = keras.ops.cast(labels, "int32")
+        targets = 0.9 * keras.ops.one_hot(labels, 3) + 0.1 / 3
+        return keras.losses.categorical_crossentropy(
+            targets, logits, from_logits=True
+        )
+
+    model = adapted((3,), loss=smoothed)
+    x, y = np.ones((4000, 4), "float32"), np.ones(4000, "int32")
+    with pytest.warns(UserWarning, match="plain LoRA.*4,000 predictions"):
+        assert counted(model, x, y) == 4
+
+
 def test_sequences_of_any_length_are_counted_as_they_come():
     tokens = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(9, 4)(tokens)
@@ -134,17 +185,22 @@ def test_outputs_of_a_subclass_have_the_names_of_its_dict():
     assert counted(model, x, y) == 4 * (3 + 1)
 
 
-def test_what_a_train_step_does_not_say_is_unknown():
+@pytest.mark.parametrize(
+    ("target", "expected"), [((3,), 0), ((1,), 4), (None, 0)]
+)
+def test_a_loss_in_compute_loss_is_one_of_the_users_own(target, expected):
     class Own(keras.Model):
         def compute_loss(self, x=None, y=None, y_pred=None, *args, **kwargs):
+            y = 1.0 if y is None else y
             return keras.ops.mean(keras.ops.square(y - y_pred))
 
     inputs = keras.Input((4,))
     outputs = keras_srlora.SRLoRADense(3, rank=2)(inputs)
     model = Own(inputs, outputs)
     model.compile("sgd")
-    x, y = np.ones((8, 4), "float32"), np.ones((8, 3), "float32")
-    assert counted(model, x, y) == 0
+    x = np.ones((8, 4), "float32")
+    y = None if target is None else np.ones((8, *target), "float32")
+    assert counted(model, x, y) == expected
 
 
 def test_examples_are_counted_not_weights_nor_those_of_validation():
