@@ -64,11 +64,13 @@ class Recipe:
             `turns`-th layer at a time, so that few pairs are new at once.
         fusion_ratio: float in (0, 1]. Part `γ` of a layer's pairs that a
             recomposition fuses, at least one pair.
-        steps_per_pair: int. Least number of steps for which a pair trains
-            before its slot restarts. The first recomposition comes after a
-            part `fusion_ratio` of it, so that not all pairs of a layer are new
-            at once. A run that is too short for all directions recomposes less
-            often, and does not visit all of them.
+        steps_per_pair: int. Least number of the optimizer's steps for which a
+            pair trains before its slot restarts; with
+            `gradient_accumulation_steps=k`, `k` batches make one. The first
+            recomposition comes after a part `fusion_ratio` of it, so that not
+            all pairs of a layer are new at once. A run that is too short for
+            all directions recomposes less often, and does not visit all of
+            them.
         predictions_per_pair: int. Least number of predictions that a pair
             learns from: labels of a classification, tokens of a language model,
             values of a regression. `fit` counts them if the loss, or the shapes
@@ -188,15 +190,22 @@ class Recipe:
         """As plain Python, for JSON and a layer's config."""
         return dataclasses.asdict(self)
 
-    def life(self, total_steps: int, predictions: float | None = None):
+    def life(
+        self,
+        total_steps: int,
+        predictions: float | None = None,
+        accumulation: int = 1,
+    ) -> float:
         """Steps for which a pair is trained at least.
 
         Args:
             total_steps: of the run.
             predictions: of a step; 0 or `None` where they are not known.
+            accumulation: how many steps of the run make one of the optimizer.
         """
+        moved = self.steps_per_pair * accumulation
         seen = self.predictions_per_pair / predictions if predictions else 1
-        return max(self.steps_per_pair, seen, self.pair_life * total_steps)
+        return max(moved, seen, self.pair_life * total_steps)
 
     # What each choice does.
 

@@ -16,12 +16,14 @@ class RunLength:
         epoch_steps: steps of an epoch.
         predictions: from which a step learns.
         rank: pairs of a layer, on the average.
+        accumulation: how many steps of the run make one of the optimizer.
     """
 
     steps: int
     epoch_steps: int
     predictions: float
     rank: float
+    accumulation: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +47,17 @@ def find_shortage(recipe: Recipe, run: RunLength) -> Shortage | None:
     lives = recipe.lives_per_run
     if lives == 1:
         return None
-    life = recipe.life(run.steps)
+    life = recipe.life(run.steps, accumulation=run.accumulation)
     if 0 < run.steps < lives * life:
+        each = (
+            f", {run.accumulation} of which make one of the optimizer"
+            if run.accumulation > 1
+            else ""
+        )
         return Shortage(
             True,
-            f"it has {run.steps} steps, and the recipe needs {lives} lifetimes "
-            f"of a pair, {life:.0f} steps each.",
+            f"it has {run.steps} steps{each}, and the recipe needs {lives} "
+            f"lifetimes of a pair, {life:.0f} steps each.",
         )
     reason = (
         _repeats(recipe, run) or _too_few(recipe, run) or _of_rank(recipe, run)
@@ -74,7 +81,7 @@ def _repeats(recipe, run):
 def _too_few(recipe, run):
     """There are too few of them for so many lifetimes."""
     lives = recipe.lives_per_run
-    life = recipe.life(run.steps, run.predictions)
+    life = recipe.life(run.steps, run.predictions, run.accumulation)
     if not 0 < run.steps < lives * life:
         return ""
     return (

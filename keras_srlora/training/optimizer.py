@@ -191,15 +191,19 @@ def _check_built(optimizer, sensitivity):
     warn_of_rounded_decay(optimizer, sensitivity.layers)
 
 
+def accumulation_steps(optimizer) -> int:
+    """How many batches make a step of an optimizer."""
+    return getattr(optimizer, "gradient_accumulation_steps", None) or 1
+
+
 def is_between_accumulations(optimizer) -> bool:
     """Whether no gradients are summed up for a later step."""
     if not isinstance(optimizer, SensitivityOptimizer):
         return True
-    inner = optimizer.unwrap()
-    accumulation = inner.gradient_accumulation_steps or 1
-    if accumulation == 1:
+    steps = accumulation_steps(optimizer)
+    if steps == 1:
         return True
-    return int(micro_batches_seen(inner)) % accumulation == 0
+    return int(micro_batches_seen(optimizer.unwrap())) % steps == 0
 
 
 def is_torch_optimizer(optimizer) -> bool:

@@ -36,6 +36,7 @@ class Pace:
 
     Attributes:
         total_steps: int. Training steps of the run; 0 while unknown.
+        accumulation: int. How many of them make a step of the optimizer.
         state: `RunState`: schedule, gate and position.
     """
 
@@ -51,6 +52,7 @@ class Pace:
         self.recipe = recipe
         self.interval = interval
         self.total_steps = 0
+        self.accumulation = 1
         self.state = RunState()
         self._work = work
         self._rank = rank
@@ -98,7 +100,9 @@ class Pace:
     @property
     def life(self) -> float:
         """Steps for which a pair is trained at least."""
-        return self.recipe.life(self.total_steps, self.state.predictions)
+        return self.recipe.life(
+            self.total_steps, self.state.predictions, self.accumulation
+        )
 
     @property
     def shortage(self) -> Shortage | None:
@@ -113,6 +117,7 @@ class Pace:
                 state.epoch_steps,
                 state.predictions or 0,
                 self._rank,
+                self.accumulation,
             ),
         )
 
@@ -195,7 +200,9 @@ class Pace:
             self._make_schedule(step)
         else:
             self.state.gate = gate.start(
-                self.total_steps, step, self.recipe.steps_per_pair
+                self.total_steps,
+                step,
+                self.recipe.steps_per_pair * self.accumulation,
             )
 
     def _tell_of_lora(self, shortage):
@@ -217,10 +224,11 @@ class Pace:
         interval = float(self.interval or 0)
         if self.interval is None:
             interval = max(self.recipe.choose_interval(left, count), shortest)
-            if interval == 1.0 and math.inf > count > left > 0:
+            updates = left / self.accumulation
+            if interval <= self.accumulation and math.inf > count > updates > 0:
                 _warn(
-                    f"{int(left)} steps are too few to visit all directions in "
-                    f"{count} recompositions: there will be one each step."
+                    f"{int(updates)} steps are too few to visit all directions "
+                    f"in {count} recompositions: there will be one each step."
                 )
         if count and 0 < left <= interval and self.state.gate is None:
             _warn(

@@ -12,6 +12,7 @@ from keras_srlora.layers.find import srlora_layers
 from keras_srlora.layers.paths import layer_paths
 from keras_srlora.recipes.definition import Recipe
 from keras_srlora.training import preparation
+from keras_srlora.training.optimizer import accumulation_steps
 from keras_srlora.training.optimizer import is_between_accumulations
 from keras_srlora.training.pace import Pace
 from keras_srlora.training.recomposition import Recomposition
@@ -115,6 +116,7 @@ class Recomposer:
         self.pace = Pace(
             self.recipe, interval, self._work_left, rank, verbose, predictions
         )
+        self.pace.accumulation = accumulation_steps(self.optimizer)
         self.pace.total_steps = total_steps or 0
         self.restored = False  # whether a file was loaded since it was made
         self._verbose = verbose
@@ -250,16 +252,15 @@ class Recomposer:
 
     def _recompose(self, step):
         preparation.check_still_trained(self.layers, self._model)
+        recipe = self.recipe
         exhausted = [
-            layer
-            for layer in self.layers
-            if not remaining_recompositions(layer, self.recipe)
+            x for x in self.layers if not remaining_recompositions(x, recipe)
         ]
         if exhausted:
             self._warn_of_exhausted(exhausted)
         layers = self.pace.state.schedule.take_layers(step, self.layers)
         scores, optimizer = self.sensitivity, self.optimizer
-        events = recompose(scores, optimizer, step, self.recipe, layers)
+        events = recompose(scores, optimizer, step, recipe, layers)
         self.events.extend(events)
         if events and self._verbose:
             print(f"\n{describe(events, len(self.layers))}", flush=True)

@@ -16,7 +16,7 @@ from keras_srlora.recipes.definition import RECIPES
 from keras_srlora.training.recomposition import choose_directions
 
 
-def converted(recipe, rank=2, target_rank=4):
+def converted(recipe, rank=2, target_rank=4, accumulation=None):
     keras.utils.set_random_seed(3)
     inputs = keras.Input((12,))
     x = keras.layers.Dense(16, activation="tanh", name="hidden")(inputs)
@@ -28,7 +28,8 @@ def converted(recipe, rank=2, target_rank=4):
         target_layer_names=["hidden"],
         recipe=recipe,
     )
-    model.compile("adam", "mse")
+    adam = keras.optimizers.Adam(gradient_accumulation_steps=accumulation)
+    model.compile(adam, "mse")
     return model
 
 
@@ -84,6 +85,19 @@ def test_a_short_run_is_left_alone_and_verbose_says_why(capsys):
     # An interval is obeyed.
     events = fit(converted(quick()), RecompositionCallback(interval=20), 6)
     assert [event.step for event in events] == [20, 40]
+
+
+def test_steps_of_a_life_are_those_of_the_optimizer(capsys):
+    # Two batches make a step: a life of 8 steps has 16 batches.
+    model = converted(quick(), accumulation=2)
+    events = fit(model, RecompositionCallback(), 16)
+    assert [event.step for event in events] == list(range(8, 108, 8))
+    model = converted(quick(), accumulation=2)
+    assert fit(model, RecompositionCallback(verbose=1), 8) == []
+    assert (
+        "it has 64 steps, 2 of which make one of the optimizer, and the recipe "
+        "needs 7 lifetimes of a pair, 16 steps each."
+    ) in capsys.readouterr().out
 
 
 def test_a_life_has_a_least_number_of_predictions():
