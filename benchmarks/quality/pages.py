@@ -88,11 +88,20 @@ RANKS = (
     ("code_small", 2000, 4, "adaptive", 0.03),
     ("code_small", 2000, 8, "adaptive", 0.01),
 )
+# Long runs, and those of a quarter of their steps: task, that of the quarter,
+# title, steps.
+QUARTERS = (
+    ("code_small", "code_small_500", "GPT, source code", 2000),
+    ("code_6000_small", "code_small_1500", "GPT, source code", 6000),
+    ("posts_small", "posts_small_500", "GPT, newsgroups", 2000),
+)
 # Small data sets, many epochs: task, title, predictions of an epoch, epochs,
 # method, rate.
 REPEATED = (
     ("code_small_8e", "GPT", 256_000, 8, "adaptive", 0.03),
     ("code_small_1_18e", "GPT", 56_832, 18, "adaptive_any", 0.01),
+    ("autoencoder_256", "autoencoder", 200_704, 375, "adaptive", 0.003),
+    ("autoencoder_1024", "autoencoder", 802_816, 94, "adaptive", 0.01),
     ("vit_clothes_18e", "ViT", 56_960, 18, "adaptive_any", 0.01),
 )
 # Task, rank, rate: LoRA's best rates, and one below that of the GPT.
@@ -244,6 +253,29 @@ def by_rank(done):
     for task, steps, rank, method, rate in RANKS:
         losses = with_and_without(done, task, method, rank, rate)
         rows.append([f"{steps:,}", rank, *losses])
+    return markdown(rows)
+
+
+def quarters(done):
+    """The default, and LoRA of four times the rank in a quarter of its steps.
+
+    The long runs are those of the table of long runs; the quarter has one seed.
+    """
+    header = ["steps", "rank", "LoRA", "default"]
+    rows = [["task", *header, "LoRA, 4 × rank, in a quarter of the steps"]]
+    for task, quarter, title, steps in QUARTERS:
+        runs = done.get(task, {})
+        for rank in sorted({key[2] for key in runs if key[1] == DEFAULT}):
+            short = at_best_rate(
+                done.get(quarter, {}), quarter, "lora_4r", rank
+            )
+            if short:
+                rate = best_rate(runs, (task, "lora", rank))
+                default = at_rate(runs, task, DEFAULT, rank, rate)
+                lora = at_rate(runs, task, "lora", rank, rate)
+                lora = {seed: lora[seed] for seed in default}
+                losses = [f"{test_loss(x):.4f}" for x in (lora, default, short)]
+                rows.append([title, f"{steps:,}", rank, *losses])
     return markdown(rows)
 
 

@@ -88,6 +88,7 @@ def main():
     fill_in(PAGE, "long", pages.long_runs(done))
     fill_in(PAGE, "predictions", pages.predictions(done))
     fill_in(PAGE, "ranks", pages.by_rank(done))
+    fill_in(PAGE, "quarters", pages.quarters(done))
     fill_in(PAGE, "repeated", pages.repeated(done))
     fill_in(PAGE, "prototypes", pages.prototypes(done))
 

@@ -1,5 +1,7 @@
 """An MLP and an autoencoder, pretrained on clothes, adapted to digits."""
 
+import functools
+
 import keras
 import numpy as np
 
@@ -84,7 +86,7 @@ def pretrain_autoencoder(folder):
     model.save_weights(folder / "autoencoder.weights.h5")
 
 
-def autoencoder_digits():
+def autoencoder_digits(train=6000, epochs=16, loss=None):
     """6,000 digits to train on; the loss is the part of their variance that
     is missing.
     """
@@ -105,12 +107,19 @@ def autoencoder_digits():
     return Task(
         build=build,
         targets=list(AUTOENCODER),
-        splits=split(x, x, train=6000, validation=1000, test=3000),
-        loss=relative,
+        splits=split(x, x, train=train, validation=1000, test=3000),
+        loss=loss or relative,
         metrics=[],
         batch_size=64,
-        epochs=16,
+        epochs=epochs,
     )
 
 
-TASKS = {"digits": digits, "autoencoder_digits": autoencoder_digits}
+few_digits = functools.partial(autoencoder_digits, loss="mean_squared_error")
+TASKS = {
+    "digits": digits,
+    "autoencoder_digits": autoencoder_digits,
+    # As many steps with few digits.
+    "autoencoder_256": functools.partial(few_digits, 256, 375),
+    "autoencoder_1024": functools.partial(few_digits, 1024, 94),
+}

@@ -150,12 +150,15 @@ code = functools.partial(adaptation, source_code)
 small = functools.partial(code, width=64)
 TASKS = {
     "code": functools.partial(code, 2000),
+    "code_small_500": functools.partial(small, 500),
     "code_small_1000": functools.partial(small, 1000),
+    "code_small_1500": functools.partial(small, 1500),
     "code_6000": functools.partial(code, 6000),
     "code_small": functools.partial(small, 2000),
     "code_6000_small": functools.partial(small, 6000),
     "code_small_8e": functools.partial(small, 2000, epochs=8),
     "posts_small": functools.partial(adaptation, newsgroups, 2000, width=64),
+    "posts_small_500": functools.partial(adaptation, newsgroups, 500, width=64),
     # Few predictions a step.
     "code_small_1": functools.partial(small, 2000, batch_size=1),
     "code_small_2": functools.partial(small, 2000, batch_size=2),
