@@ -87,6 +87,10 @@ class Recipe:
             rank, the less a short run gains from new pairs. If layers have
             different ranks, their mean counts. With `lives_per_run=1` it plays
             no role.
+        epochs_per_pair: int. Largest number of epochs that the lifetime of a
+            pair may last. If it lasts longer, the run is plain LoRA: its pairs
+            would learn the examples by heart. Defaults to `None`: any number.
+            With `lives_per_run=1` it plays no role.
         reuse_directions: bool. Whether a run begins again with the first
             directions once it has used all of them. For pairs that subtract
             nothing (`start="lora"`, `scale="as_lora"`).
@@ -104,7 +108,7 @@ class Recipe:
     with a new optimizer. A run of fewer than 1,000 steps or 1,000,000
     predictions is plain LoRA. So is one of fewer than 250,000 predictions for
     each slot of a layer (2,000,000 at rank 8), and one whose epochs have fewer
-    than 200,000 predictions.
+    than 200,000 predictions, or than a twentieth of a lifetime.
 
     `recipe="lora_restarts"` restarts pairs in the same way in the first half of
     a run of any length. It uses each direction once, and zeroes all moments.
@@ -136,6 +140,7 @@ class Recipe:
     pair_life: float = 0.0
     lives_per_run: int = 1
     predictions_per_slot: int = 1
+    epochs_per_pair: int | None = None
     reuse_directions: bool = False
     stop: float = 1.0
     beta1: float = 0.85
@@ -165,6 +170,9 @@ class Recipe:
         ):
             count = check_count(field, getattr(self, field), unit)
             object.__setattr__(self, field, count)
+        epochs = self.epochs_per_pair
+        epochs = check_count("epochs_per_pair", epochs, "epochs", True)
+        object.__setattr__(self, "epochs_per_pair", epochs)
         if not isinstance(self.reuse_directions, (bool, np.bool_)):
             raise ValueError(
                 "`reuse_directions` must be True or False. "
@@ -331,6 +339,7 @@ RECIPES = {
         predictions_per_pair=200_000,
         lives_per_run=5,
         predictions_per_slot=250_000,
+        epochs_per_pair=20,
         reuse_directions=True,
         stop=0.85,
     ),

@@ -60,7 +60,10 @@ def find_shortage(recipe: Recipe, run: RunLength) -> Shortage | None:
             f"lifetimes of a pair, {life:.0f} steps each.",
         )
     reason = (
-        _repeats(recipe, run) or _too_few(recipe, run) or _of_rank(recipe, run)
+        _repeats(recipe, run)
+        or _too_few(recipe, run)
+        or _of_rank(recipe, run)
+        or _too_many_epochs(recipe, run)
     )
     return Shortage(False, reason) if reason else None
 
@@ -75,6 +78,20 @@ def _repeats(recipe, run):
         f"and a pair learns from {recipe.predictions_per_pair:,}, so it would "
         "learn from the same ones again. Train with more data. If each epoch "
         "brings new data, train with longer epochs."
+    )
+
+
+def _too_many_epochs(recipe, run):
+    """A pair would learn from the same examples again and again."""
+    most, steps = recipe.epochs_per_pair, run.epoch_steps
+    life = recipe.life(run.steps, run.predictions, run.accumulation)
+    if not most or not 0 < most * steps < life:
+        return ""
+    return (
+        f"a pair trains for {life:.0f} steps, which are {life / steps:.0f} "
+        f"epochs, so it would learn the examples by heart; the recipe allows "
+        f"{most} epochs. Received: epochs of {steps} steps. Train with more "
+        "data. If each epoch brings new data, train with longer epochs."
     )
 
 

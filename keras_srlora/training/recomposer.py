@@ -62,7 +62,7 @@ class Recomposer:
             a step learns from. With few, a recipe fuses pairs later, or trains
             plain LoRA. Defaults to `None`: their number plays no role.
         steps_per_epoch: int or `None`. Steps of an epoch, if the data repeat.
-            With few predictions in it, a recipe trains plain LoRA.
+            If it is short, a recipe trains plain LoRA.
         verbose: 0 or 1. With 1, prints a line for each recomposition.
 
     Attributes:

@@ -160,6 +160,26 @@ def test_a_run_whose_epochs_have_few_predictions_is_lora():
     assert fit(converted(recipe), RecompositionCallback(), 30)
 
 
+def own_loss(y_true, y_pred):
+    return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+
+
+@pytest.mark.parametrize("loss", ["mse", own_loss])
+def test_a_run_whose_pairs_see_the_same_examples_often_is_lora(loss):
+    def run(callback, epochs=50, **changes):
+        # 400 steps, 8 an epoch: a pair trains for 40 steps.
+        model = converted(quick(pair_life=0.1, **changes))
+        model.compile("adam", loss)
+        return fit(model, callback, epochs)
+
+    with pytest.warns(UserWarning, match="for 40 steps, .* 5 epochs.*allows 4"):
+        assert run(RecompositionCallback(), epochs_per_pair=4) == []
+    assert run(RecompositionCallback(), epochs_per_pair=5)
+    # An interval is obeyed, and a recipe for any run takes this one.
+    assert run(RecompositionCallback(interval=20), 6, epochs_per_pair=4)
+    assert run(RecompositionCallback(), epochs_per_pair=4, lives_per_run=1)
+
+
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_an_epoch_of_unknown_length_is_counted_when_it_has_ended():
     data = finite_stream(regression_data(np.random.default_rng(0)))
@@ -174,7 +194,7 @@ def test_an_epoch_of_unknown_length_is_counted_when_it_has_ended():
 
 def test_a_loss_of_ones_own_counts_steps_alone():
     model = converted(quick(predictions_per_pair=10**9))
-    model.compile("adam", lambda y, p: keras.ops.mean((y - p) ** 2))
+    model.compile("adam", own_loss)
     assert fit(model, RecompositionCallback(), 10)
 
 

@@ -1,5 +1,6 @@
 """An MLP and an autoencoder, pretrained on clothes, adapted to digits."""
 
+import dataclasses
 import functools
 
 import keras
@@ -115,6 +116,31 @@ def autoencoder_digits(train=6000, epochs=16, loss=None):
     )
 
 
+def segmentation(train, epochs):
+    """Which pixels of a noisy digit are of the digit."""
+    task = autoencoder_digits(train, epochs)
+    rng = np.random.default_rng(0)
+
+    def build(seed):
+        model = task.build(seed)
+        model.get_layer("decode_2").activation = keras.activations.linear
+        inputs = keras.Input((784,))
+        pixels = keras.layers.Reshape((784, 1))(model(inputs))
+        return keras.Model(inputs, pixels)
+
+    def noisy(x):
+        noise = 0.5 * rng.standard_normal(x.shape)
+        return (x + noise).astype("float32"), (x > 0.5).astype("float32")
+
+    splits = {name: noisy(x) for name, (x, _) in task.splits.items()}
+    return dataclasses.replace(
+        task,
+        build=build,
+        splits={name: (x, y[..., None]) for name, (x, y) in splits.items()},
+        loss=keras.losses.BinaryCrossentropy(from_logits=True),
+    )
+
+
 few_digits = functools.partial(autoencoder_digits, loss="mean_squared_error")
 TASKS = {
     "digits": digits,
@@ -122,4 +148,7 @@ TASKS = {
     # As many steps with few digits.
     "autoencoder_256": functools.partial(few_digits, 256, 375),
     "autoencoder_1024": functools.partial(few_digits, 1024, 94),
+    "segmentation_256": functools.partial(segmentation, 256, 375),
+    "segmentation_512": functools.partial(segmentation, 512, 188),
+    "segmentation_6000": functools.partial(segmentation, 6000, 16),
 }
