@@ -44,6 +44,7 @@ LONG = {
     "code_6000_small": "GPT, source code, 6,000 steps",
     "posts_small": "GPT, newsgroups, 2,000 steps",
     "smollm2": "SmolLM2, source code, 1,200 steps",
+    "smollm2_reviews": "SmolLM2, reviews to source code, 1,200 steps",
     "autoencoder_digits": "autoencoder, 1,488 steps",
     "teacher_power_law": "teacher, power law, 1,500 steps",
     "teacher_rank_48": "teacher of rank 48, 1,500 steps",
@@ -96,13 +97,19 @@ QUARTERS = (
     ("posts_small", "posts_small_500", "GPT, newsgroups", 2000),
 )
 # Small data sets, many epochs: task, title, predictions of an epoch, epochs,
-# method, rate.
+# rank, method, rate.
+ANY = "adaptive_any"
 REPEATED = (
-    ("code_small_8e", "GPT", 256_000, 8, "adaptive", 0.03),
-    ("code_small_1_18e", "GPT", 56_832, 18, "adaptive_any", 0.01),
-    ("autoencoder_256", "autoencoder", 200_704, 375, "adaptive", 0.003),
-    ("autoencoder_1024", "autoencoder", 802_816, 94, "adaptive", 0.01),
-    ("vit_clothes_18e", "ViT", 56_960, 18, "adaptive_any", 0.01),
+    ("code_small_8e", "GPT", 256_000, 8, 2, "adaptive", 0.03),
+    ("code_small_8e", "GPT", 256_000, 8, 8, "adaptive", 0.01),
+    ("code_small_1_18e", "GPT", 56_832, 18, 2, ANY, 0.01),
+    ("vit_clothes_18e", "ViT", 56_960, 18, 2, ANY, 0.01),
+    ("autoencoder_1024", "autoencoder", 802_816, 94, 2, ANY, 0.01),
+    ("autoencoder_256", "autoencoder", 200_704, 375, 2, ANY, 0.003),
+    ("segmentation_512", "segmentation", 401_408, 188, 2, ANY, 0.003),
+    ("segmentation_512", "segmentation", 401_408, 188, 8, ANY, 0.001),
+    ("segmentation_256", "segmentation", 200_704, 375, 2, ANY, 0.003),
+    ("segmentation_256", "segmentation", 200_704, 375, 8, ANY, 0.001),
 )
 # Task, rank, rate: LoRA's best rates, and one below that of the GPT.
 PROTOTYPED = (
@@ -290,16 +297,17 @@ def with_and_without(done, task, method, rank, rate):
 
 
 def repeated(done):
-    """Losses where the same examples come in many epochs; rank 2."""
+    """Losses where the same examples come in many epochs."""
     losses = [
         f"{name}, {part}"
         for name in ("LoRA", "with restarts")
         for part in ("training", "test")
     ]
-    rows = [["task", "predictions an epoch", "epochs", *losses, "seeds"]]
-    for task, title, count, epochs, method, rate in REPEATED:
+    header = ["task", "predictions an epoch", "epochs", "rank"]
+    rows = [[*header, *losses, "seeds"]]
+    for task, title, count, epochs, rank, method, rate in REPEATED:
         lora, restarts = (
-            at_rate(done.get(task, {}), task, name, 2, rate)
+            at_rate(done.get(task, {}), task, name, rank, rate)
             for name in ("lora", method)
         )
         seeds = lora.keys() & restarts.keys()
@@ -308,7 +316,8 @@ def repeated(done):
             for runs in (lora, restarts)
             for part in ("train_loss", "test_loss")
         ]
-        rows.append([title, f"{count:,}", epochs, *means, len(seeds)])
+        cell = [title, f"{count:,}", epochs, rank]
+        rows.append([*cell, *means, len(seeds)])
     return markdown(rows)
 
 
