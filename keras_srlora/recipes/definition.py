@@ -167,12 +167,11 @@ class Recipe:
             ("predictions_per_pair", "predictions"),
             ("lives_per_run", "lives"),
             ("predictions_per_slot", "predictions"),
+            ("epochs_per_pair", "epochs"),
         ):
-            count = check_count(field, getattr(self, field), unit)
+            optional = getattr(Recipe, field) is None
+            count = check_count(field, getattr(self, field), unit, optional)
             object.__setattr__(self, field, count)
-        epochs = self.epochs_per_pair
-        epochs = check_count("epochs_per_pair", epochs, "epochs", True)
-        object.__setattr__(self, "epochs_per_pair", epochs)
         if not isinstance(self.reuse_directions, (bool, np.bool_)):
             raise ValueError(
                 "`reuse_directions` must be True or False. "
