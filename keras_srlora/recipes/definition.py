@@ -75,8 +75,7 @@ class Recipe:
             learns from: labels of a classification, tokens of a language model,
             values of a regression. `fit` counts them if the loss, or the shapes
             of outputs and targets, determine their number. If `lives_per_run`
-            is above 1, an epoch must have as many: no pair sees the same ones
-            again.
+            is above 1, an epoch must have as many, so that none comes twice.
         pair_life: float in [0, 1). Least part of the run for which a pair
             trains. The largest of the three minima applies: the lifetime.
         lives_per_run: int. Number of lifetimes that a run must last to
@@ -87,10 +86,9 @@ class Recipe:
             rank, the less a short run gains from new pairs. If layers have
             different ranks, their mean counts. With `lives_per_run=1` it plays
             no role.
-        epochs_per_pair: int. Largest number of epochs that the lifetime of a
-            pair may last. If it lasts longer, the run is plain LoRA: its pairs
-            would learn the examples by heart. Defaults to `None`: any number.
-            With `lives_per_run=1` it plays no role.
+        epochs_per_pair: int. Most epochs that a lifetime may last, or `None`
+            for any number. In a longer one a pair would learn the examples by
+            heart, so the run is plain LoRA, unless `lives_per_run` is 1.
         reuse_directions: bool. Whether a run begins again with the first
             directions once it has used all of them. For pairs that subtract
             nothing (`start="lora"`, `scale="as_lora"`).

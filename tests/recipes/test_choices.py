@@ -47,6 +47,7 @@ def test_the_published_recipe_is_one_argument_away():
         "pair_life": 0.0,
         "lives_per_run": 1,
         "predictions_per_slot": 1,
+        "epochs_per_pair": None,
         "reuse_directions": False,
         "stop": 1.0,
         "beta1": 0.85,
