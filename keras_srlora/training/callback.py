@@ -28,9 +28,8 @@ class RecompositionCallback(keras.callbacks.Callback):
     The default recipe, `"adaptive"`, trains each pair for a thirtieth of the
     run, at least 200 steps and 200,000 predictions (tokens, values or labels).
     Then it fuses the pair and restarts its slot, until 0.85 of the run. A run
-    is plain LoRA if it has fewer than five such lifetimes, 250,000 predictions
-    for each pair of a layer, or 200,000 an epoch, or if a lifetime lasts more
-    than 20 epochs. It warns of few predictions and of many epochs.
+    of fewer than five such lifetimes, with few predictions for each pair of a
+    layer, or with short epochs is plain LoRA. It warns, except of few steps.
 
     A run is one `fit`. Its length is `epochs` times the steps of an epoch. If
     the data set has no size, it is known after the first epoch.
