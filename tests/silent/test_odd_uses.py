@@ -301,7 +301,9 @@ def test_reuse_directions_is_true_or_false(value):
 @pytest.mark.parametrize("validated", [False, True])
 def test_predictions_are_counted_where_an_epoch_has_one_batch(validated, rng):
     model = encoder()
-    convert(model, "adaptive", rank=1)
+    changes = {"epochs_per_pair": None}
+    recipe = Recipe(**{**RECIPES["adaptive"].to_dict(), **changes})
+    convert(model, recipe, rank=1)
     model.compile("adam", "mse")
     callback = RecompositionCallback()
     data = batch(rng, 32), batch(rng, 32)
