@@ -164,7 +164,38 @@ def imdb():
     )
 
 
+def replaced_tokens():
+    """Which tokens of 8,000 film reviews were replaced: 2 classes a token."""
+    ids = tokens("imdb", data.imdb()[0], 32)
+    rng = np.random.default_rng(0)
+    words = ids > 999  # no padding, no special tokens
+    chosen = words & (rng.random(ids.shape) < 0.15)
+    replaced = np.where(chosen, rng.choice(ids[words], ids.shape), ids)
+    labels = (replaced != ids).astype("int32")
+
+    def build(seed):
+        backbone = minilm(3)
+        initializer = keras.initializers.GlorotUniform(seed)
+        head = keras.layers.Dense(
+            2, kernel_initializer=initializer, name="head"
+        )
+        logits = head(backbone.output["sequence_output"])
+        return keras.Model(backbone.input, logits)
+
+    x = bert_inputs(replaced.astype("int32"))
+    return Task(
+        build=build,
+        targets=BERT_TARGETS,
+        splits=split(x, labels, train=8000, validation=1000, test=2000),
+        loss=classification(),
+        metrics=[],
+        batch_size=32,
+        epochs=5,
+    )
+
+
 TASKS = {
+    "replaced_tokens": replaced_tokens,
     "imdb": imdb,
     "rotten_tomatoes": rotten_tomatoes,
     "bbc": bbc,
