@@ -102,14 +102,13 @@ class PredictionCounter:
         self.names = sorted(y_pred) if isinstance(y_pred, dict) else []
         predictions = keras.tree.flatten(y_pred)
         self.shapes = [tuple(x.shape)[1:] for x in predictions]
-        targets = [] if y is None else keras.tree.flatten(y)
-        if isinstance(y, dict) != isinstance(y_pred, dict):
+        targets = keras.tree.flatten(y)
+        alike = isinstance(y, dict) == isinstance(y_pred, dict)
+        if alike and len(targets) == len(predictions):
+            self.vectors = list(map(is_one_prediction, targets, predictions))
+        else:
             # Perhaps in another order than the outputs.
-            targets = []
-        self.vectors = [
-            is_one_prediction(*pair) for pair in zip(targets, predictions)
-        ]
-        self.vectors += [False] * (len(predictions) - len(self.vectors))
+            self.vectors = [False] * len(predictions)
 
     def per_step(self, model, steps):
         """Predictions of a step, on the average over an epoch so far.
@@ -166,9 +165,14 @@ def is_one_prediction(target, prediction):
     """Whether any loss compares each vector of an output as a whole.
 
     It does if a target is one value for the vector, as the label of a class is,
-    or if the vector has one value.
+    or if the vector has one value. A target that has no shape does not say.
     """
-    shape, of_target = tuple(prediction.shape), tuple(target.shape)
+    shape = tuple(prediction.shape)
+    try:
+        of_target = tuple(target.shape)
+    except (AttributeError, ValueError):
+        # No tensor, or one of TensorFlow whose rank is unknown.
+        return False
     if len(shape) < 2 or shape[-1] == 1:
         return True
     if len(of_target) == len(shape):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_srlora
+from keras_srlora.training.predictions import PredictionCounter
 from keras_srlora.training.predictions import count_predictions
 
 CROSSENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -125,6 +126,30 @@ def test_targets_belong_to_outputs_by_their_names():
     # A list of outputs is perhaps in another order than the names.
     model = adapted((10,), (3,), loss=loss)
     assert counted(model, x, y) == 0
+
+
+class Bare:
+    """What `fit` may hand over as a target: of unknown rank, or no tensor."""
+
+    @property
+    def shape(self):
+        raise ValueError("unknown rank")
+
+
+@pytest.mark.parametrize(
+    "y", [None, Bare(), "label", {"a": np.ones(8)}, [np.ones(8), np.ones(8)]]
+)
+def test_a_target_that_says_nothing_leaves_the_predictions_unknown(y):
+    class Own(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, *args, **kwargs):
+            return keras.ops.mean(y_pred)
+
+    model = Own(inputs := keras.Input((4,)), keras.layers.Dense(3)(inputs))
+    counter = PredictionCounter()
+    counter.watch(model)
+    model.compute_loss(y=y, y_pred=np.ones((8, 3), "float32"))
+    counter.stop_watching(model)
+    assert counter.shapes == [(3,)] and counter.vectors == [False]
 
 
 def test_a_run_that_learns_a_label_an_example_is_lora_with_any_loss():
