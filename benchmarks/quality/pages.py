@@ -213,8 +213,7 @@ def long_runs(done):
     for task, title in LONG.items():
         runs = done.get(task, {})
         for rank in sorted({key[2] for key in runs if key[1] == DEFAULT}):
-            rate = best_rate(runs, (task, "lora", rank))
-            default = at_rate(runs, task, DEFAULT, rank, rate)
+            rate, default = at_loras_rate(runs, task, DEFAULT, rank)
             if not default:
                 continue
             lora, quadruple, *others = (
@@ -232,6 +231,12 @@ def long_runs(done):
             rows.append(row)
             title = ""
     return markdown(rows)
+
+
+def at_loras_rate(runs, task, method, rank):
+    """LoRA's best rate, and `{seed: record}` of a method at that rate."""
+    rate = best_rate(runs, (task, "lora", rank))
+    return rate, at_rate(runs, task, method, rank, rate)
 
 
 def at_best_rate(runs, task, method, rank):
@@ -277,9 +282,8 @@ def quarters(done):
                 done.get(quarter, {}), quarter, "lora_4r", rank
             )
             if short:
-                rate = best_rate(runs, (task, "lora", rank))
-                default = at_rate(runs, task, DEFAULT, rank, rate)
-                lora = at_rate(runs, task, "lora", rank, rate)
+                _, default = at_loras_rate(runs, task, DEFAULT, rank)
+                _, lora = at_loras_rate(runs, task, "lora", rank)
                 lora = {seed: lora[seed] for seed in default}
                 losses = [f"{test_loss(x):.4f}" for x in (lora, default, short)]
                 rows.append([title, f"{steps:,}", rank, *losses])

@@ -150,5 +150,4 @@ TASKS = {
     "autoencoder_1024": functools.partial(few_digits, 1024, 94),
     "segmentation_256": functools.partial(segmentation, 256, 375),
     "segmentation_512": functools.partial(segmentation, 512, 188),
-    "segmentation_6000": functools.partial(segmentation, 6000, 16),
 }
