@@ -195,6 +195,12 @@ METHODS = {
     "adaptive_any": srlora(
         dataclasses.replace(RECIPES["adaptive"], lives_per_run=1)
     ),
+    # The same, however few predictions a pair learns from.
+    "adaptive_steps": srlora(
+        dataclasses.replace(
+            RECIPES["adaptive"], lives_per_run=1, predictions_per_pair=1
+        )
+    ),
     "flat_loss": srlora(FLAT_LOSS),
     "restarts": changed(),
     "restarts_4r": changed(directions=4),

@@ -72,10 +72,10 @@ class Recipe:
             all directions recomposes less often, and does not visit all of
             them.
         predictions_per_pair: int. Least number of predictions that a pair
-            learns from: labels of a classification, tokens of a language model,
-            values of a regression. `fit` counts them if the loss, or the shapes
-            of outputs and targets, determine their number. If `lives_per_run`
-            is above 1, an epoch must have as many, so that none comes twice.
+            learns from: tokens, values, or labels, of which one of `n` classes
+            counts `log2(n) / 8`, at most one. `fit` counts them if the loss, or
+            the shapes of outputs and targets, determine their number. If
+            `lives_per_run` is above 1, an epoch must have as many.
         pair_life: float in [0, 1). Least part of the run for which a pair
             trains. The largest of the three minima applies: the lifetime.
         lives_per_run: int. Number of lifetimes that a run must last to

@@ -6,6 +6,8 @@ import dataclasses
 
 from keras_srlora.recipes.definition import Recipe
 
+UNIT = "predictions (tokens or values; labels of few classes count less)"
+
 
 @dataclasses.dataclass(frozen=True)
 class RunLength:
@@ -74,10 +76,10 @@ def _repeats(recipe, run):
     if not 0 < of_epoch < recipe.predictions_per_pair:
         return ""
     return (
-        f"an epoch has {of_epoch:,.0f} predictions (labels, tokens or values), "
-        f"and a pair learns from {recipe.predictions_per_pair:,}, so it would "
-        "learn from the same ones again. Train with more data. If each epoch "
-        "brings new data, train with longer epochs."
+        f"an epoch has {of_epoch:,.0f} {UNIT}, and a pair learns from "
+        f"{recipe.predictions_per_pair:,}, so it would learn from the same "
+        "ones again. Train with more data. If each epoch brings new data, "
+        "train with longer epochs."
     )
 
 
@@ -102,10 +104,10 @@ def _too_few(recipe, run):
     if not 0 < run.steps < lives * life:
         return ""
     return (
-        f"a step learns from {run.predictions:g} predictions (labels, tokens "
-        f"or values), so that a pair trains for {life:.0f} steps, and the "
-        f"recipe needs {lives} lifetimes of a pair. Received: a run of "
-        f"{run.steps} steps. Train longer or with larger batches."
+        f"a step learns from {run.predictions:g} {UNIT}, so that a pair "
+        f"trains for {life:.0f} steps, and the recipe needs {lives} lifetimes "
+        f"of a pair. Received: a run of {run.steps} steps. Train longer or "
+        "with larger batches."
     )
 
 
@@ -115,8 +117,7 @@ def _of_rank(recipe, run):
     if not 0 < of_run < run.rank * needed:
         return ""
     return (
-        f"it has {of_run:,.0f} predictions (labels, tokens or values), and "
-        f"the recipe needs {needed:,} for each pair of a layer. Received: "
-        f"{run.rank:g} pairs in a layer. Train longer or with larger batches, "
-        "or take a smaller rank."
+        f"it has {of_run:,.0f} {UNIT}, and the recipe needs {needed:,} for "
+        f"each pair of a layer. Received: {run.rank:g} pairs in a layer. Train "
+        "longer or with larger batches, or take a smaller rank."
     )

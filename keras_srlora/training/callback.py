@@ -26,10 +26,10 @@ class RecompositionCallback(keras.callbacks.Callback):
     """Scores the pairs of the SRLoRA layers in `fit`, and recomposes them.
 
     The default recipe, `"adaptive"`, trains each pair for a thirtieth of the
-    run, at least 200 steps and 200,000 predictions (tokens, values or labels).
-    Then it fuses the pair and restarts its slot, until 0.85 of the run. A run
-    of fewer than five such lifetimes, with few predictions for each pair of a
-    layer, or with short epochs is plain LoRA. It warns, except of few steps.
+    run, at least 200 steps and 200,000 predictions (tokens or values; labels of
+    few classes count less). Then it fuses the pair and restarts its slot, until
+    0.85 of the run. A run of fewer than five such lifetimes, with short epochs,
+    or few predictions for its rank is LoRA. It warns, except of few steps.
 
     A run is one `fit`. Its length is `epochs` times the steps of an epoch. If
     the data set has no size, it is known after the first epoch.

@@ -58,9 +58,9 @@ class Recomposer:
         interval: int or `None`. Steps between two recompositions, in place of
             the recipe's gate and schedule. Defaults to `None`: the recipe's.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.
-        predictions_per_step: int or `None`. How many labels, tokens or values
-            a step learns from. With few, a recipe fuses pairs later, or trains
-            plain LoRA. Defaults to `None`: their number plays no role.
+        predictions_per_step: int or `None`. How many tokens or values a step
+            learns from; a label of few classes counts less (see `Recipe`). With
+            few, pairs are fused later, or never. `None`: they play no role.
         steps_per_epoch: int or `None`. Steps of an epoch, if the data repeat.
             If it is short, a recipe trains plain LoRA.
         verbose: 0 or 1. With 1, prints a line for each recomposition.

@@ -1,5 +1,6 @@
 """A causal language model of bytes: from film reviews to other texts."""
 
+import dataclasses
 import functools
 import pathlib
 import sysconfig
@@ -15,12 +16,14 @@ from benchmarks.quality.tasks.texts import BERT_TARGETS
 BATCH_SIZE = 16
 
 
-def language_model(backbone):
-    """A KerasHub backbone under its own embedding as the head."""
+def language_model(backbone, head=None):
+    """A KerasHub backbone under a head, or under its own embedding."""
+    if head is None:
+        head = functools.partial(backbone.token_embedding, reverse=True)
     tokens = keras.Input((None,), dtype="int32", name="token_ids")
     mask = keras.ops.ones_like(tokens)
     x = backbone({"token_ids": tokens, "padding_mask": mask})
-    return keras.Model(tokens, backbone.token_embedding(x, reverse=True))
+    return keras.Model(tokens, head(x))
 
 
 def gpt(width):
@@ -148,6 +151,24 @@ def adaptation(corpus, steps, width=96, batch_size=BATCH_SIZE, epochs=1):
 
 code = functools.partial(adaptation, source_code)
 small = functools.partial(code, width=64)
+
+
+def lowest_bits(classes, steps):
+    """The GPT learns the lowest bits of each next byte, with a new head."""
+    task = small(steps)
+
+    def build(seed):
+        backbone = task.build(seed).get_layer("backbone")
+        initializer = keras.initializers.GlorotUniform(seed)
+        head = keras.layers.Dense(
+            classes, kernel_initializer=initializer, name="head"
+        )
+        return language_model(backbone, head)
+
+    splits = {name: (x, y % classes) for name, (x, y) in task.splits.items()}
+    return dataclasses.replace(task, build=build, splits=splits)
+
+
 TASKS = {
     "code": functools.partial(code, 2000),
     "code_small_500": functools.partial(small, 500),
@@ -159,6 +180,12 @@ TASKS = {
     "code_small_8e": functools.partial(small, 2000, epochs=8),
     "posts_small": functools.partial(adaptation, newsgroups, 2000, width=64),
     "posts_small_500": functools.partial(adaptation, newsgroups, 500, width=64),
+    # Labels of few classes.
+    "code_classes_2": functools.partial(lowest_bits, 2, 2000),
+    "code_classes_4": functools.partial(lowest_bits, 4, 2000),
+    "code_classes_16": functools.partial(lowest_bits, 16, 2000),
+    "code_classes_256": functools.partial(lowest_bits, 256, 2000),
+    "code_classes_2_8000": functools.partial(lowest_bits, 2, 8000),
     # Few predictions a step.
     "code_small_1": functools.partial(small, 2000, batch_size=1),
     "code_small_2": functools.partial(small, 2000, batch_size=2),
