@@ -81,7 +81,8 @@ def parse_arguments(description):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--recipe", default="adaptive", help="by its name")
+    # The default, "adaptive", is plain LoRA with so few labels a step.
+    parser.add_argument("--recipe", default="lora_restarts", help="by its name")
     return parser.parse_args()
 
 

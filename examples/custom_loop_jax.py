@@ -1,6 +1,6 @@
 """SRLoRA in a custom training loop with JAX.
 
-A `Recomposer` follows the default recipe. `stateless_apply` of
+A `Recomposer` follows the recipe `"lora_restarts"`. `stateless_apply` of
 `recomposer.optimizer` scores the pairs inside a `jax.jit` function that takes
 all state and may reuse its memory (`donate_argnums`). A recomposition works on
 the variables of the model and of the optimizer: the loop writes its state to

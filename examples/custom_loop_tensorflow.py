@@ -1,9 +1,9 @@
 """SRLoRA in a custom training loop with TensorFlow.
 
-A `Recomposer` follows the default recipe. `recomposer.optimizer` scores the
-pairs inside a `tf.function`, from the gradients of a `tf.GradientTape`;
-`before_step` fuses and restarts pairs between two steps, outside of the
-function, which is not traced again.
+A `Recomposer` follows the recipe `"lora_restarts"`. `recomposer.optimizer`
+scores the pairs inside a `tf.function`, from the gradients of a
+`tf.GradientTape`; `before_step` fuses and restarts pairs between two steps,
+outside of the function, which is not traced again.
 
 A small network that was pretrained on the digits 0 to 4 is adapted to the
 digits 5 to 9: `python custom_loop_tensorflow.py`, a few seconds.

@@ -1,8 +1,8 @@
 """SRLoRA in a custom training loop with PyTorch, and an optimizer of PyTorch.
 
-A `Recomposer` follows the default recipe. Whenever the optimizer steps, the
-gradients that `loss.backward()` left are scored; `before_step` fuses and
-restarts pairs between two steps, and treats the optimizer's moments of the
+A `Recomposer` follows the recipe `"lora_restarts"`. Whenever the optimizer
+steps, the gradients that `loss.backward()` left are scored; `before_step` fuses
+and restarts pairs between two steps, and treats the optimizer's moments of the
 restarted pairs by the recipe.
 
 A small network that was pretrained on the digits 0 to 4 is adapted to the

@@ -16,7 +16,6 @@ from keras_srlora.training import resume
 from keras_srlora.training import wrapping
 from keras_srlora.training.losses import LossReader
 from keras_srlora.training.losses import has_validated
-from keras_srlora.training.losses import warn_of_no_loss
 from keras_srlora.training.recomposer import COMPANION
 from keras_srlora.training.recomposer import Recomposer
 from keras_srlora.training.recomposition import Recomposition
@@ -47,6 +46,8 @@ class RecompositionCallback(keras.callbacks.Callback):
             training. Defaults to `None`: that of the layers.
         verbose: 0 or 1. With 1, prints a line for each recomposition. Defaults
             to `0`.
+        predictions_per_step: int or `None`. As for `Recomposer`. Defaults to
+            `None`: `fit` counts them.
 
     Attributes:
         events: list of `Recomposition`, in order.
@@ -83,8 +84,12 @@ class RecompositionCallback(keras.callbacks.Callback):
         fusion_ratio: float | None = None,
         recipe: Recipe | str | dict | None = None,
         verbose: int = 0,
+        predictions_per_step: int | None = None,
     ):
         super().__init__()
+        self.predictions_per_step = check_count(
+            "predictions_per_step", predictions_per_step, "predictions", True
+        )
         self.interval = check_count("interval", interval, "steps", True)
         if fusion_ratio is not None:
             fusion_ratio = check_fraction(
@@ -110,6 +115,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             "interval": self.interval,
             "fusion_ratio": self.fusion_ratio,
             "recipe": self.recipe and self.recipe.to_dict(),
+            "predictions_per_step": self.predictions_per_step,
             "events": [event.to_dict() for event in self.events],
         }
 
@@ -151,6 +157,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             recipe,
             total_steps=0,
             interval=self.interval,
+            predictions_per_step=self.predictions_per_step,
             verbose=self.verbose,
         )
 
@@ -226,11 +233,7 @@ class RecompositionCallback(keras.callbacks.Callback):
             self.model  # noqa: B018
             # Before the first batch of an epoch there is nothing to read.
             if batch and recomposer.pace.wants_loss(self._step):
-                total, count = self._losses.read()
-                if count:
-                    recomposer.report_loss(total, count)
-                else:
-                    self._stop_gate()
+                self._losses.report(recomposer)
         recomposer.before_step(self._step)
 
     def on_epoch_end(self, epoch, logs=None) -> None:
@@ -249,13 +252,9 @@ class RecompositionCallback(keras.callbacks.Callback):
         if recomposer.pace.state.gate is not None and not self._losses.has_read:
             # Too short an epoch to be read on its way.
             self.model  # noqa: B018
-            mean = (logs or {}).get("loss")
-            if mean is None:
-                self._stop_gate()
-            else:
-                steps = self._epoch_steps
-                recomposer.report_loss(float(mean) * steps, steps)
-                recomposer.consult_gate(self._step)
+            self._losses.report_epoch(
+                recomposer, logs, self._epoch_steps, self._step
+            )
         if logs is not None:
             of_epoch = self.events[self._events_before :]
             logs.update(_epoch_logs(of_epoch, recomposer.layers))
@@ -268,10 +267,6 @@ class RecompositionCallback(keras.callbacks.Callback):
         first = self.recomposer.layers[0]
         if isinstance(first, SRLoRALayer):
             first.companions.detach(COMPANION)
-
-    def _stop_gate(self):
-        self.recomposer.pace.state.gate = None
-        warn_of_no_loss(self._model, self.recipe)
 
 
 def _begins_fit(model):

@@ -39,8 +39,36 @@ class LossReader:
         self._read = now
         return now[0] - before[0], now[1] - before[1]
 
+    def report(self, recomposer) -> None:
+        """Reports the losses since the last reading to the gate of a run."""
+        total, count = self.read()
+        if count:
+            recomposer.report_loss(total, count)
+        else:
+            self._stop_gate(recomposer)
 
-def warn_of_no_loss(model, recipe):
+    def report_epoch(self, recomposer, logs, steps: int, step: int) -> None:
+        """Reports the mean loss of an epoch that is too short to be read.
+
+        Args:
+            recomposer: the `Recomposer` of the run.
+            logs: dict, as at the end of an epoch, or `None`.
+            steps: of the epoch.
+            step: of the run, at the end of the epoch.
+        """
+        mean = (logs or {}).get("loss")
+        if mean is None:
+            self._stop_gate(recomposer)
+        else:
+            recomposer.report_loss(float(mean) * steps, steps)
+            recomposer.consult_gate(step)
+
+    def _stop_gate(self, recomposer):
+        recomposer.pace.state.gate = None
+        _warn_of_no_loss(self._model, recomposer.recipe)
+
+
+def _warn_of_no_loss(model, recipe):
     """Warns that a gate finds no loss, and names the remedies."""
     names = [metric.name for metric in model.metrics]
     warnings.warn(
@@ -50,7 +78,7 @@ def warn_of_no_loss(model, recipe):
         "`RecompositionCallback(interval=...)`, or a `recipe` without a gate, "
         "or let the `train_step` keep a `keras.metrics.Mean(name='loss')` "
         f"among `model.metrics`. Received: metrics {names}",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -85,6 +85,7 @@ class Pace:
         self.total_steps = total_steps
         if not self.state.schedule.interval and self.state.gate is None:
             self._start_schedule(step)
+            self._warn_of_unknown()
 
     @property
     def last_step(self) -> float:
@@ -140,6 +141,7 @@ class Pace:
         self.state.predictions = predictions or 0
         if predictions and self.total_steps and not known_short:
             self._start_schedule(self._started)
+        self._warn_of_unknown()
 
     def is_due(self, step: int) -> bool:
         """Whether the loss is to be read, or a recomposition is due."""
@@ -203,6 +205,20 @@ class Pace:
                 self.total_steps,
                 step,
                 self.recipe.steps_per_pair * self.accumulation,
+            )
+
+    def _warn_of_unknown(self):
+        """Warns of a run that recomposes without the rules for predictions."""
+        unknown = self.state.predictions == 0 and self.total_steps
+        if unknown and self.shortage is None:
+            _warn(
+                "The number of predictions (tokens, values or labels) of a "
+                "step is unknown, so the recipe counts steps alone. With few "
+                "predictions, such as a label an example, this run can end "
+                "worse than LoRA. Pass their number, `predictions_per_step`, "
+                "to `RecompositionCallback` or `Recomposer`. `fit` counts them "
+                "if the loss is one of Keras's, or if each target is a single "
+                "number for a vector of outputs."
             )
 
     def _tell_of_lora(self, shortage):

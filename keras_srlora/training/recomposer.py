@@ -51,16 +51,14 @@ class Recomposer:
             `SensitivityOptimizer`; train with `recomposer.optimizer`. A
             `torch.optim` optimizer stays the same, and the gradients are scored
             before each of its steps.
-        recipe: a `Recipe` or the name of one. Defaults to `None`: that of the
-            layers.
-        total_steps: int. Training steps of the run. Required unless `interval`
-            is given.
+        recipe: a `Recipe` or its name. Defaults to `None`: that of the layers.
+        total_steps: int. Steps of the run. Required unless `interval` is given.
         interval: int or `None`. Steps between two recompositions, in place of
             the recipe's gate and schedule. Defaults to `None`: the recipe's.
         fusion_ratio: float in (0, 1], or `None` for that of the recipe.
         predictions_per_step: int or `None`. How many tokens or values a step
             learns from; a label of few classes counts less (see `Recipe`). With
-            few, pairs are fused later, or never. `None`: they play no role.
+            few, pairs are fused later, or never. `None`: steps alone count.
         steps_per_epoch: int or `None`. Steps of an epoch, if the data repeat.
             If it is short, a recipe trains plain LoRA.
         verbose: 0 or 1. With 1, prints a line for each recomposition.
@@ -126,6 +124,8 @@ class Recomposer:
         self._saved = self.layers[0].companions.attach(COMPANION, part)
         if total_steps != 0:
             self.start(0, int(steps_per_epoch or 0))
+            if self.pace.wants_predictions:
+                self.pace.report_predictions(None)
 
     # Each step.
 

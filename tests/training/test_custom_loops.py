@@ -292,25 +292,19 @@ def start_script(folder, *arguments, backend=BACKEND):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("recipe", ["lora_restarts", "paper"])
 def test_script_learns_and_recomposes(recipe, tmp_path):
-    """With its own recipe in a run that is long enough for it."""
-    # Of six turns two have a layer; a life is 200, of two pairs each.
-    steps = 1000
-    expected = [
-        (str(step + later), layer)
-        for step in range(100, 850, 100)
-        for later, layer in ((0, "hidden_1"), (17, "hidden_2"))
-    ]
-    arguments = [f"--steps={steps}"]
+    """With its own recipe, and with another one."""
+    # A life is 100 steps of two pairs each, until half of the run.
+    arguments, steps = ["--steps=400"], (50, 100, 150)
     if recipe == "paper":
-        steps = 40
-        expected = [
-            (str(step), layer)
-            for step in (7, 14, 20, 27, 34)
-            for layer in ("hidden_1", "hidden_2")
-        ]
-        arguments = [f"--steps={steps}", "--recipe=paper"]
+        arguments = ["--steps=40", "--recipe=paper"]
+        steps = (7, 14, 20, 27, 34)
+    expected = [
+        (str(step), layer)
+        for step in steps
+        for layer in ("hidden_1", "hidden_2")
+    ]
     printed = start_script(tmp_path, *arguments).assert_ends()
     losses = [float(x) for x in re.findall(r"loss (\S+)", printed)]
     assert len(losses) == 10

@@ -192,10 +192,43 @@ def test_an_epoch_of_unknown_length_is_counted_when_it_has_ended():
         assert bool(callback.events) == recomposes
 
 
-def test_a_loss_of_ones_own_counts_steps_alone():
-    model = converted(quick(predictions_per_pair=10**9))
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_loss_of_ones_own_counts_steps_alone_and_says_so():
+    recipe = quick(steps_per_pair=2, predictions_per_pair=10**9)
+    for unknown_length in (False, True):
+        model, callback = converted(recipe), RecompositionCallback()
+        model.compile("adam", own_loss)
+        with pytest.warns(UserWarning, match="predictions .* is unknown"):
+            if unknown_length:
+                data = regression_data(np.random.default_rng(0))
+                data = finite_stream(data)
+                model.fit(data, epochs=30, verbose=0, callbacks=[callback])
+            else:
+                fit(model, callback, 10)
+        assert callback.events
+    # Nothing is said of a run that is LoRA, by its steps, or by an interval.
+    model = converted(quick(predictions_per_pair=2))
     model.compile("adam", own_loss)
-    assert fit(model, RecompositionCallback(), 10)
+    assert fit(model, RecompositionCallback(), 2) == []
+    assert fit(model, RecompositionCallback(interval=2), 2)
+
+
+def test_the_callback_is_told_the_number_of_predictions():
+    def told(count):
+        recipe = quick(steps_per_pair=1, predictions_per_pair=192)
+        model = converted(recipe)
+        model.compile("adam", own_loss)
+        callback = RecompositionCallback(predictions_per_step=count)
+        events = fit(model, callback, 10)
+        assert callback.to_dict()["predictions_per_step"] == count
+        assert callback.recomposer.pace.state.predictions == count
+        return [event.step for event in events]
+
+    assert told(24) == list(range(4, 68, 4))  # a life of 8 steps
+    with pytest.warns(UserWarning, match="an epoch has 184 predictions"):
+        assert told(23) == []
+    with pytest.raises(ValueError, match="predictions_per_step.*Received"):
+        RecompositionCallback(predictions_per_step=0)
 
 
 def test_directions_come_again_in_turn_and_change_no_function():

@@ -131,6 +131,9 @@ def test_a_loop_says_how_many_predictions_a_step_learns_from():
     )
     loop.run(last=60)
     assert loop.steps == [25, 50]
+    # Not told, it counts steps, and warns where they would be enough.
+    with pytest.warns(UserWarning, match="predictions .* is unknown"):
+        Loop().begin(**arguments)
     with pytest.raises(ValueError, match="steps_per_epoch.*Received"):
         Loop().begin(steps_per_epoch=0, **arguments)
     with pytest.raises(ValueError, match="predictions_per_step.*Received"):
