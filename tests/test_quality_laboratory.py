@@ -103,6 +103,8 @@ def test_the_documentation_shows_the_long_runs_and_the_prototypes(report):
     assert report.pages.prototypes(done) in page
     assert report.pages.predictions(done) in page
     assert report.pages.by_rank(done) in page
+    assert report.pages.labels(done) in page
+    assert report.pages.noise(done) in page
     assert report.pages.quarters(done) in page
     assert report.pages.repeated(done) in page
 

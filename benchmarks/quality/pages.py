@@ -80,6 +80,17 @@ PREDICTIONS = (
         0.01,
     ),
 )
+# Labels of few classes: task, title, classes, steps.
+LABELS = (
+    ("code_classes_256", "GPT, source code", 256, 2000),
+    ("code_classes_16", "GPT, source code", 16, 2000),
+    ("code_classes_4", "GPT, source code", 4, 2000),
+    ("code_classes_2", "GPT, source code", 2, 2000),
+    ("code_classes_2_8000", "GPT, source code", 2, 8000),
+    ("replaced_tokens", "MiniLM, replaced tokens", 2, 1250),
+)
+# Targets with so many times the variance that is to be learnt, as noise.
+NOISES = (1, 10, 100)
 # Short runs at several ranks: task, steps, rank, method, LoRA's best rate.
 RANKS = (
     ("code_small_1000", 1000, 2, "adaptive", 0.03),
@@ -256,6 +267,50 @@ def predictions(done):
     for task, title, count, steps, method, rate in PREDICTIONS:
         losses = with_and_without(done, task, method, 2, rate)
         rows.append([title, f"{count:,}", f"{steps:,}", *losses])
+    return markdown(rows)
+
+
+def labels(done):
+    """What restarts gain or cost, by the classes of a label; rank 2.
+
+    At LoRA's best learning rate; LoRA of four times the rank at its own.
+    """
+    header = ["classes", "steps", "LoRA", "LoRA, 4 × rank", "with restarts"]
+    rows = [["task", *header, "change", "default", "seeds"]]
+    for task, title, classes, steps in LABELS:
+        runs = done.get(task, {})
+        _, lora = at_loras_rate(runs, task, "lora", 2)
+        _, restarts = at_loras_rate(runs, task, "adaptive_steps", 2)
+        _, default = at_loras_rate(runs, task, DEFAULT, 2)
+        lora = {seed: lora[seed] for seed in restarts}
+        quadruple = at_best_rate(runs, task, "lora_4r", 2)
+        change = 100 * (test_loss(restarts) / test_loss(lora) - 1)
+        losses = [
+            f"{test_loss(x):.4f}" if x else "–"
+            for x in (lora, quadruple, restarts, default or lora)
+        ]
+        losses.insert(3, f"{change:+.1f} %")
+        cell = [title, classes, f"{steps:,}", *losses]
+        rows.append([*cell, len(restarts)])
+    return markdown(rows)
+
+
+def noise(done):
+    """What restarts gain or cost, by the noise of a regression's targets."""
+    header = ["noise", "rank", "LoRA", "LoRA, 4 × rank", "default", "change"]
+    rows = [[*header, "seeds"]]
+    for variance in NOISES:
+        task = f"teacher_noise_{variance}"
+        for rank in (2, 8):
+            runs = done.get(task, {})
+            _, lora = at_loras_rate(runs, task, "lora", rank)
+            _, default = at_loras_rate(runs, task, DEFAULT, rank)
+            cells = lora, at_best_rate(runs, task, "lora_4r", rank), default
+            losses = [f"{test_loss(x):.4f}" if x else "–" for x in cells]
+            change = 100 * (test_loss(default) / test_loss(lora) - 1)
+            rows.append(
+                [variance, rank, *losses, f"{change:+.0f} %", len(default)]
+            )
     return markdown(rows)
 
 

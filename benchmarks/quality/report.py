@@ -87,6 +87,8 @@ def main():
     fill_in(PAGE, "curve", pages.curve(tasks))
     fill_in(PAGE, "long", pages.long_runs(done))
     fill_in(PAGE, "predictions", pages.predictions(done))
+    fill_in(PAGE, "labels", pages.labels(done))
+    fill_in(PAGE, "noise", pages.noise(done))
     fill_in(PAGE, "ranks", pages.by_rank(done))
     fill_in(PAGE, "quarters", pages.quarters(done))
     fill_in(PAGE, "repeated", pages.repeated(done))

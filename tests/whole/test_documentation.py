@@ -103,13 +103,15 @@ def put_stand_ins(monkeypatch, page):
     def from_preset(cls, preset, **arguments):
         if cls is models.BertBackbone:
             return bert()
+        if cls is models.CausalLM:
+            return causal_lm()
         keras.utils.set_random_seed(7)
         heads = {"head_dim": 8} if cls is models.GemmaBackbone else {}
         return cls(**decoder, **heads)
 
-    for name in ("BertBackbone", "GemmaBackbone", "LlamaBackbone"):
-        backbone = getattr(models, name)
-        monkeypatch.setattr(backbone, "from_preset", classmethod(from_preset))
+    for name in ("BertBackbone", "CausalLM", "GemmaBackbone", "LlamaBackbone"):
+        cls = getattr(models, name)
+        monkeypatch.setattr(cls, "from_preset", classmethod(from_preset))
     if BACKEND == "torch" and page == "adapters.md":
         import transformers
 
@@ -120,6 +122,29 @@ def put_stand_ins(monkeypatch, page):
 
 def bert():
     return tiny_bert(num_layers=1, name="bert_backbone")
+
+
+def causal_lm():
+    """A GPT-2 of single letters that takes texts."""
+    import keras_hub
+
+    models = keras_hub.models
+    letters = ["<|endoftext|>", "Ġ", *map(chr, range(33, 127)), "Ġh"]
+    tokenizer = models.GPT2Tokenizer(
+        vocabulary={letter: i for i, letter in enumerate(letters)},
+        merges=["Ġ h"],
+    )
+    keras.utils.set_random_seed(7)
+    backbone = models.GPT2Backbone(
+        vocabulary_size=len(letters),
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=24,
+        max_sequence_length=12,
+    )
+    preprocessor = models.GPT2CausalLMPreprocessor(tokenizer, 12)
+    return models.GPT2CausalLM(backbone, preprocessor)
 
 
 def transformers_bert(name):
@@ -167,6 +192,11 @@ def fresh_models(page, block):
     if page == "pictures.md" or "combine_adapters" in block:
         return {}  # what the page has done so far
     plain = "enable_srlora(" in block
+    if page == "README.md":
+        model = causal_lm()
+        if not plain:
+            keras_srlora.enable_srlora(model, rank=2)
+        return {"model": model}
     if page in ("custom_loops.md", "devices.md"):
         model = dense_model()
         if plain:
@@ -235,11 +265,11 @@ def names_for(page, folder):
 
 
 def of_index():
-    return {"x": keras.Input((8,))}
+    return {"x": keras.Input((8,)), "texts": ["hello there"] * 32}
 
 
 def of_readme():
-    return {"pretrained_model": classifier(bert())}
+    return {"texts": ["hello there"] * 32, "pretrained_model": causal_lm()}
 
 
 def of_adapters():

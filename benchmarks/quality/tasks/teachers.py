@@ -19,8 +19,11 @@ SPECTRA = {
 }
 
 
-def teacher(spectrum):
-    """The loss is the part of the update that is missing, squared."""
+def teacher(spectrum, noise=0):
+    """The loss is the part of the update that is missing, squared.
+
+    Targets to train on have noise of `noise` times the update's variance.
+    """
     rng = np.random.default_rng(0)
 
     def orthogonal():
@@ -43,6 +46,11 @@ def teacher(spectrum):
     scale = np.sqrt(WIDTH) / np.linalg.norm(update)
     base = (x @ pretrained).astype("float32")
     y = base + (x @ update).astype("float32")
+    splits = split(x, y, train=9600, validation=1200, test=1200)
+    if noise:
+        x, y = splits["train"]
+        added = np.sqrt(noise) / scale * rng.standard_normal(y.shape)
+        splits["train"] = x, (y + added).astype("float32")
 
     def relative(y_true, y_pred):
         return scale**2 * keras.ops.mean(keras.ops.square(y_true - y_pred))
@@ -50,7 +58,7 @@ def teacher(spectrum):
     return Task(
         build=build,
         targets=["student"],
-        splits=split(x, y, train=9600, validation=1200, test=1200),
+        splits=splits,
         loss=relative,
         metrics=[],
         batch_size=64,
@@ -60,4 +68,7 @@ def teacher(spectrum):
 
 TASKS = {
     f"teacher_{name}": functools.partial(teacher, name) for name in SPECTRA
+} | {
+    f"teacher_noise_{noise}": functools.partial(teacher, "power_law", noise)
+    for noise in (1, 10, 100)
 }
