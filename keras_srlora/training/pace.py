@@ -73,6 +73,13 @@ class Pace:
 
     def resume(self, saved: RunState, epoch_steps: int = 0) -> None:
         """Resumes from a saved state, with its own schedule."""
+        if self._predictions not in (None, saved.predictions):
+            _warn(
+                "A resumed run keeps its schedule. That of the saved run "
+                f"counts {saved.predictions or 'no'} predictions a step; to "
+                "use another number, start a new run. Received: "
+                f"predictions_per_step={self._predictions}"
+            )
         self.state = saved
         if self.interval:
             saved.schedule = dataclasses.replace(

@@ -365,6 +365,17 @@ def test_the_file_says_what_it_holds():
     }
 
 
+def test_another_number_of_predictions_in_a_restored_run_is_named():
+    loop = Loop().begin(predictions_per_step=40)
+    arrays = loop.recomposer.to_arrays()
+    Loop().begin(predictions_per_step=40).recomposer.restore(arrays)
+    Loop().begin().recomposer.restore(arrays)
+    other = Loop().begin(predictions_per_step=50).recomposer
+    with pytest.warns(UserWarning, match="counts 40 .*predictions_per_step=50"):
+        other.restore(arrays)
+    assert other.pace.state.predictions == 40
+
+
 def test_nothing_to_restore_is_refused():
     with pytest.raises(ValueError, match="no saved run.*load the weights"):
         Loop().begin().recomposer.restore()
