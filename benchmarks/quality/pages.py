@@ -43,6 +43,7 @@ LONG = {
     "code_small_8e": "GPT, an eighth of the text, 8 epochs",
     "code_6000_small": "GPT, source code, 6,000 steps",
     "posts_small": "GPT, newsgroups, 2,000 steps",
+    "reviews_small": "GPT, more film reviews, 2,000 steps",
     "smollm2": "SmolLM2, source code, 1,200 steps",
     "smollm2_reviews": "SmolLM2, reviews to source code, 1,200 steps",
     "autoencoder_digits": "autoencoder, 1,488 steps",

@@ -115,6 +115,17 @@ def newsgroups():
     return tuple(b"\n".join(part) for part in parts)
 
 
+def other_reviews():
+    """Reviews that the GPT of 64 bytes was not pretrained on.
+
+    Three texts: to train, to validate and to test on.
+    """
+    x, y = byte_windows(reviews(), 64)
+    chunks = np.concatenate([x, y[:, -1:]], axis=1).astype("uint8")
+    parts = np.split(chunks[BATCH_SIZE * 3000 :], [-3000, -1500])
+    return tuple(part.tobytes() for part in parts)
+
+
 def adaptation(corpus, steps, width=96, batch_size=BATCH_SIZE, epochs=1):
     """A GPT adapted to the texts that `corpus()` returns; no new head.
 
@@ -179,6 +190,9 @@ TASKS = {
     "code_6000_small": functools.partial(small, 6000),
     "code_small_8e": functools.partial(small, 2000, epochs=8),
     "posts_small": functools.partial(adaptation, newsgroups, 2000, width=64),
+    "reviews_small": functools.partial(
+        adaptation, other_reviews, 2000, width=64
+    ),
     "posts_small_500": functools.partial(adaptation, newsgroups, 500, width=64),
     # Labels of few classes.
     "code_classes_2": functools.partial(lowest_bits, 2, 2000),
