@@ -203,7 +203,10 @@ def fresh_models(page, block):
             return {"model": model}
         keras_srlora.enable_srlora(model, rank=2)
         recomposer = keras_srlora.Recomposer(
-            model, keras.optimizers.Adam(1e-3), total_steps=10
+            model,
+            keras.optimizers.Adam(1e-3),
+            total_steps=10,
+            predictions_per_step=1024,
         )
         recomposer.optimizer.build(model.trainable_variables)
         return {
