@@ -74,12 +74,7 @@ class Pace:
     def resume(self, saved: RunState, epoch_steps: int = 0) -> None:
         """Resumes from a saved state, with its own schedule."""
         if self._predictions not in (None, saved.predictions):
-            _warn(
-                "A resumed run keeps its schedule. That of the saved run "
-                f"counts {saved.predictions or 'no'} predictions a step; to "
-                "use another number, start a new run. Received: "
-                f"predictions_per_step={self._predictions}"
-            )
+            _warn_of_another(saved.predictions, self._predictions)
         self.state = saved
         if self.interval:
             saved.schedule = dataclasses.replace(
@@ -275,6 +270,14 @@ class Pace:
                 "`recomposer.report_loss(loss)` after each step, or pass an "
                 "`interval`, or a recipe without a gate."
             )
+
+
+def _warn_of_another(saved, given):
+    _warn(
+        "A resumed run keeps its schedule. That of the saved run counts "
+        f"{saved or 'no'} predictions a step; to use another number, start a "
+        f"new run. Received: predictions_per_step={given}"
+    )
 
 
 def _warn(message):
