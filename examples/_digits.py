@@ -81,7 +81,7 @@ def parse_arguments(description):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=2000)
-    # The default, "adaptive", is plain LoRA with so few labels a step.
+    # For short runs; the default, "adaptive", is for long ones.
     parser.add_argument("--recipe", default="lora_restarts", help="by its name")
     return parser.parse_args()
 

@@ -237,7 +237,7 @@ def long_runs(done):
                 {seed: x[seed] for seed in default if seed in x}
                 for x in (lora, quadruple, *others, default)
             ]
-            losses = [f"{test_loss(x):.4f}" if x else "–" for x in cells]
+            losses = map(loss_or_dash, cells)
             closed = gap_of_means(cells[0], default, cells[1])
             row = [title, rank, f"{rate:g}", *losses, closed, len(default)]
             rows.append(row)
@@ -285,14 +285,10 @@ def labels(done):
         _, default = at_loras_rate(runs, task, DEFAULT, 2)
         lora = {seed: lora[seed] for seed in restarts}
         quadruple = at_best_rate(runs, task, "lora_4r", 2)
-        change = 100 * (test_loss(restarts) / test_loss(lora) - 1)
-        losses = [
-            f"{test_loss(x):.4f}" if x else "–"
-            for x in (lora, quadruple, restarts, default or lora)
-        ]
-        losses.insert(3, f"{change:+.1f} %")
-        cell = [title, classes, f"{steps:,}", *losses]
-        rows.append([*cell, len(restarts)])
+        losses = map(loss_or_dash, (lora, quadruple, restarts))
+        changed = change(test_loss(lora), test_loss(restarts))
+        cell = [title, classes, f"{steps:,}", *losses, changed]
+        rows.append([*cell, loss_or_dash(default or lora), len(restarts)])
     return markdown(rows)
 
 
@@ -307,11 +303,9 @@ def noise(done):
             _, lora = at_loras_rate(runs, task, "lora", rank)
             _, default = at_loras_rate(runs, task, DEFAULT, rank)
             cells = lora, at_best_rate(runs, task, "lora_4r", rank), default
-            losses = [f"{test_loss(x):.4f}" if x else "–" for x in cells]
-            change = 100 * (test_loss(default) / test_loss(lora) - 1)
-            rows.append(
-                [variance, rank, *losses, f"{change:+.0f} %", len(default)]
-            )
+            changed = change(test_loss(lora), test_loss(default))
+            cell = [variance, rank, *map(loss_or_dash, cells), changed]
+            rows.append([*cell, len(default)])
     return markdown(rows)
 
 
@@ -352,8 +346,17 @@ def with_and_without(done, task, method, rank, rate):
         at_rate(done[task], task, name, rank, rate)[0]["test_loss"]
         for name in ("lora", method)
     )
-    change = 100 * (restarts / lora - 1)
-    return [f"{lora:.4f}", f"{restarts:.4f}", f"{change:+.1f} %"]
+    return [f"{lora:.4f}", f"{restarts:.4f}", change(lora, restarts)]
+
+
+def change(lora, loss):
+    """By how much a test loss differs from LoRA's, for a table."""
+    return f"{100 * (loss / lora - 1):+.1f} %"
+
+
+def loss_or_dash(runs):
+    """The mean test loss of any number of runs; a dash for none."""
+    return f"{test_loss(runs):.4f}" if runs else "–"
 
 
 def repeated(done):
@@ -389,13 +392,11 @@ def curve(tasks):
         rows.append([title, *map(shown, found)])
     for task in LONG_CURVES:
         found = [method_of(tasks[task], rank, "lora") for rank in CURVE]
-        losses = [f"{test_loss(runs):.4f}" if runs else "–" for runs in found]
-        rows.append([LONG[task], *losses])
+        rows.append([LONG[task], *map(loss_or_dash, found)])
     return markdown(rows)
 
 
 def shown(runs):
     """The test loss for a table; a dash for too few seeds."""
-    if not runs or len(runs) < FEWEST_SEEDS:
-        return "–"
-    return f"{test_loss(runs):.4f}"
+    enough = runs and len(runs) >= FEWEST_SEEDS
+    return loss_or_dash(runs if enough else None)

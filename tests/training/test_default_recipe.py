@@ -206,7 +206,7 @@ def test_a_loss_of_ones_own_counts_steps_alone_and_says_so():
             else:
                 fit(model, callback, 10)
         assert callback.events
-    # Nothing is said of a run that is LoRA, by its steps, or by an interval.
+    # A run of too few steps does not warn, and one with an interval neither.
     model = converted(quick(predictions_per_pair=2))
     model.compile("adam", own_loss)
     assert fit(model, RecompositionCallback(), 2) == []

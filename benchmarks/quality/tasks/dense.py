@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.quality import data
 from benchmarks.quality.tasks.task import Task
 from benchmarks.quality.tasks.task import classification
+from benchmarks.quality.tasks.task import new_head
 from benchmarks.quality.tasks.task import pretrained
 from benchmarks.quality.tasks.task import split
 
@@ -21,8 +22,7 @@ def mlp(seed):
     x = inputs
     for name in HIDDEN:
         x = keras.layers.Dense(512, activation="gelu", name=name)(x)
-    initializer = keras.initializers.GlorotUniform(seed)
-    head = keras.layers.Dense(10, kernel_initializer=initializer, name="head")
+    head = new_head(10, seed)
     return keras.Model(inputs, head(x))
 
 

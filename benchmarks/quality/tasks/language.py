@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.quality import data
 from benchmarks.quality.tasks.task import Task
 from benchmarks.quality.tasks.task import classification
+from benchmarks.quality.tasks.task import new_head
 from benchmarks.quality.tasks.texts import BERT_TARGETS
 
 BATCH_SIZE = 16
@@ -170,10 +171,7 @@ def lowest_bits(classes, steps):
 
     def build(seed):
         backbone = task.build(seed).get_layer("backbone")
-        initializer = keras.initializers.GlorotUniform(seed)
-        head = keras.layers.Dense(
-            classes, kernel_initializer=initializer, name="head"
-        )
+        head = new_head(classes, seed)
         return language_model(backbone, head)
 
     splits = {name: (x, y % classes) for name, (x, y) in task.splits.items()}

@@ -66,6 +66,14 @@ def classification():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+def new_head(classes, seed):
+    """A layer that gives logits, with the weights of a seed."""
+    initializer = keras.initializers.GlorotUniform(seed)
+    return keras.layers.Dense(
+        classes, kernel_initializer=initializer, name="head"
+    )
+
+
 def pretrained(make, path):
     """Returns `build`: pretrained weights under the new head of a seed."""
 

@@ -6,6 +6,7 @@ import numpy as np
 from benchmarks.quality import data
 from benchmarks.quality.tasks.task import Task
 from benchmarks.quality.tasks.task import classification
+from benchmarks.quality.tasks.task import new_head
 from benchmarks.quality.tasks.task import split
 
 BERT_TARGETS = [
@@ -73,10 +74,7 @@ def text_classifier(layers, classes):
             backbone.output["sequence_output"],
             mask=backbone.input["padding_mask"],
         )
-        initializer = keras.initializers.GlorotUniform(seed)
-        head = keras.layers.Dense(
-            classes, kernel_initializer=initializer, name="head"
-        )
+        head = new_head(classes, seed)
         return keras.Model(backbone.input, head(pooled))
 
     return build
@@ -175,10 +173,7 @@ def replaced_tokens():
 
     def build(seed):
         backbone = minilm(3)
-        initializer = keras.initializers.GlorotUniform(seed)
-        head = keras.layers.Dense(
-            2, kernel_initializer=initializer, name="head"
-        )
+        head = new_head(2, seed)
         logits = head(backbone.output["sequence_output"])
         return keras.Model(backbone.input, logits)
 

@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.quality import data
 from benchmarks.quality.tasks.task import Task
 from benchmarks.quality.tasks.task import classification
+from benchmarks.quality.tasks.task import new_head
 from benchmarks.quality.tasks.task import pretrained
 from benchmarks.quality.tasks.task import split
 
@@ -34,8 +35,7 @@ def vit(seed):
     import keras_hub
 
     backbone = keras_hub.models.ViTBackbone(**VIT, name="backbone")
-    initializer = keras.initializers.GlorotUniform(seed)
-    head = keras.layers.Dense(10, kernel_initializer=initializer, name="head")
+    head = new_head(10, seed)
     return keras.Model(backbone.input, head(backbone.output[:, 0]))
 
 
