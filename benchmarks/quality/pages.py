@@ -133,6 +133,28 @@ PROTOTYPED = (
     ("digits", 2, 0.03, "MLP at 3e-2"),
     ("smollm2", 2, 0.01, "SmolLM2 at 1e-2"),
 )
+# Task, title, rank, rate; then the prototypes and what they are.
+PACED = (
+    ("code_small", "GPT, source code", 1, 0.03),
+    ("code_small", "GPT, source code", 2, 0.03),
+    ("code_small", "GPT, source code", 8, 0.01),
+    ("code_6000_small", "GPT, source code, 6,000 steps", 2, 0.03),
+    ("posts_small", "GPT, newsgroups", 2, 0.01),
+    ("smollm2", "SmolLM2, source code", 2, 0.03),
+    ("autoencoder_digits", "autoencoder", 2, 0.03),
+    ("autoencoder_digits", "autoencoder", 8, 0.01),
+    ("teacher_power_law", "teacher, power law", 2, 0.003),
+    ("teacher_power_law", "teacher, power law", 8, 0.01),
+    ("teacher_rank_4", "teacher of rank 4", 4, 0.01),
+    ("teacher_noise_10", "teacher, noise 10", 8, 0.003),
+)
+PACES = {
+    "x:life=200,stop=.85,stagger=6,clock=2": "as a new optimizer",
+    "x:life=200,stop=.85,stagger=6,factor=.5": "half",
+    "x:life=150,stop=.85,stagger=6,factor=.5": "half, 150 steps",
+    "x:life=125,stop=.85,stagger=6,factor=.5": "half, 125 steps",
+    "x:life=125,stop=.85,stagger=6,factor=.3333": "a third, 125 steps",
+}
 LONG_METHODS = ("lora", "lora_4r", "paper", "lora_restarts")
 
 
@@ -195,7 +217,9 @@ def prototypes(done):
         methods += [
             method
             for _, method, r, lr, _ in done[task]
-            if method.startswith("x:") and (r, lr) == (rank, rate)
+            if method.startswith("x:")
+            and method not in PACES
+            and (r, lr) == (rank, rate)
         ]
     rows = [["method", *(title for *_, title in PROTOTYPED)]]
     for method in dict.fromkeys(methods):
@@ -204,6 +228,18 @@ def prototypes(done):
             found = at_rate(done[task], task, method, rank, rate)
             row.append(f"{found[0]['test_loss']:.4f}" if 0 in found else "–")
         rows.append([described(method), *row])
+    return markdown(rows)
+
+
+def paces(done):
+    """What the steps of new pairs do; the first seed."""
+    rows = [["task", "rank", *PACES.values()]]
+    for task, title, rank, rate in PACED:
+        row = []
+        for method in PACES:
+            found = at_rate(done.get(task, {}), task, method, rank, rate)
+            row.append(f"{found[0]['test_loss']:.5g}" if 0 in found else "–")
+        rows.append([title, rank, *row])
     return markdown(rows)
 
 

@@ -23,7 +23,10 @@ DEFAULTS = {
     "slots": "zero",  # or scaled, scaleda, scaledb, pace, mean
     "q": 0.25,  # of the second moments of the other pairs
     "qa": 0.0,  # the same for `a`, where `slots` is `pace`
-    "clock": 0,  # 1: Adam's bias correction begins anew with each pair
+    # 1: Adam's bias correction begins anew with each pair; 2: and that of the
+    # run does not act on it.
+    "clock": 0,
+    "factor": 1.0,  # of a new pair's steps
     "stagger": 1,  # groups of layers, which are recomposed by turns
     "warm": 0.0,  # steps over which those of a new pair grow to their size
     "anneal": 0.0,  # part of a life over which a pair's steps fall to zero
@@ -62,6 +65,11 @@ class PairAdamW(keras.optimizers.AdamW):
         super().update_step(gradient, variable, learning_rate)
 
 
+def correction(n):
+    """Adam's bias correction in its `n`-th step."""
+    return ops.sqrt(1 - 0.999**n) / (1 - 0.9**n)
+
+
 class Restarts(keras.callbacks.Callback):
     """Fuses the oldest pairs of each layer by a clock, and restarts them."""
 
@@ -83,7 +91,8 @@ class Restarts(keras.callbacks.Callback):
         self.ages = [np.zeros(layer.rank) for layer in self.layers]
         self.turn = 0
         self.clocks = []
-        if choices["warm"] or choices["anneal"] or choices["clock"]:
+        scaled = choices["warm"] or choices["anneal"] or choices["clock"]
+        if scaled or choices["factor"] != 1.0:
             self._scale_steps(optimizer)
 
     def _scale_steps(self, optimizer):
@@ -113,8 +122,15 @@ class Restarts(keras.callbacks.Callback):
         age = step - ops.convert_to_tensor(began) + 1
         if warm:
             factor *= ops.clip(age / warm, 0.0, 1.0)
-        if self.choices["clock"]:
-            factor *= ops.sqrt(1 - 0.999**age) / (1 - 0.9**age)
+        if self.choices["clock"] == 1:
+            factor *= correction(age)
+        if self.choices["clock"] == 2:
+            # First pairs began long before the run.
+            age = ops.minimum(age, step + 1)
+            factor *= correction(age) / correction(step + 1)
+        if self.choices["factor"] != 1.0:
+            began = ops.convert_to_tensor(began)
+            factor *= ops.where(began > 0, self.choices["factor"], 1.0)
         if span:
             ends = ops.convert_to_tensor(ends)
             factor *= ops.clip((ends - step) / span, 0.0, 1.0)

@@ -93,6 +93,7 @@ def main():
     fill_in(PAGE, "quarters", pages.quarters(done))
     fill_in(PAGE, "repeated", pages.repeated(done))
     fill_in(PAGE, "prototypes", pages.prototypes(done))
+    fill_in(PAGE, "paces", pages.paces(done))
 
 
 def summary(tasks):

@@ -136,10 +136,10 @@ def zero_slots(kind, values):
     return ops.zeros_like(values)
 
 
-def new_optimizer(kind, values):
-    """As `zero_slots`; Adam's bias correction starts anew, too.
+def fast_start(kind, values):
+    """As `zero_slots`; a new pair's steps are scaled, too.
 
-    The recipe asks for the correction by this name; see
+    The recipe asks for that by this name; see
     `keras_srlora/training/bias_correction.py`.
     """
     return ops.zeros_like(values)
@@ -208,7 +208,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "zero_first_moments": zero_first_moments,
         "keep": keep_slots,
         "shared": shared_second_moments,
-        "new_optimizer": new_optimizer,
+        "fast_start": fast_start,
     },
     "schedule": {"evenly": evenly, "by_life": by_life},
     # A class with the methods of `FlatLoss`, or `None`.

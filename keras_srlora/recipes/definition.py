@@ -48,10 +48,11 @@ class Recipe:
         slots: how the optimizer's moments of a restarted pair start.
             `"zero_first_moments"`, `"zero"`, `"keep"`, `"shared"` (second
             moments start from the mean of the layer's pairs), or
-            `"new_optimizer"`: all moments start from zero, and so does Adam's
-            bias correction, so that the pair trains as with a new optimizer.
-            For optimizers other than `Adam`, `AdamW` and `Adamax`, this is
-            `"shared"`. A function `(kind, values) -> values`.
+            `"fast_start"`: all moments start from zero. The steps of the new
+            pair are at first up to 3.3 times as large as LoRA's, and shrink
+            with its age: after 290 steps they are LoRA's. For optimizers other
+            than `Adam`, `AdamW` and `Adamax`, this is `"shared"`. A function
+            `(kind, values) -> values`.
         schedule: when a run recomposes. `"evenly"` over the run, or
             `"by_life"`: as often as `steps_per_pair` and `pair_life` allow. A
             function `(steps, recompositions) -> interval`.
@@ -102,11 +103,12 @@ class Recipe:
 
     Layers use `recipe="adaptive"` by default. It starts each pair as LoRA does,
     trains it for a thirtieth of the run, and at least for 200 steps and 200,000
-    predictions, then fuses it and restarts its slot. The new pair trains as
-    with a new optimizer. A run of fewer than 1,000 steps or 1,000,000
-    predictions is plain LoRA. So is one of fewer than 250,000 predictions for
-    each slot of a layer (2,000,000 at rank 8), and one whose epochs have fewer
-    than 200,000 predictions, or than a twentieth of a lifetime.
+    predictions, then fuses it and restarts its slot. The first steps of the
+    new pair are larger than LoRA's. A run of fewer than 1,000 steps or
+    1,000,000 predictions is plain LoRA. So is one of fewer than 250,000
+    predictions for each slot of a layer (2,000,000 at rank 8), and one whose
+    epochs have fewer than 200,000 predictions, or than a twentieth of a
+    lifetime.
 
     `recipe="lora_restarts"` restarts pairs in the same way in the first half of
     a run of any length. It uses each direction once, and zeroes all moments.
@@ -240,9 +242,9 @@ class Recipe:
         return _function("order", self.order)(singular_values, unused, count)
 
     @property
-    def restarts_bias_correction(self) -> bool:
-        """Whether Adam's bias correction starts anew with each pair."""
-        return self.slots == "new_optimizer"
+    def scales_steps(self) -> bool:
+        """Whether Adam's steps of restarted pairs are scaled."""
+        return self.slots == "fast_start"
 
     def treat_slots(self, kind: str, values: Any, corrected=True) -> Any:
         """The values of an optimizer's slot of a restarted pair.
@@ -250,10 +252,10 @@ class Recipe:
         Args:
             kind: str; see `Recipe`.
             values: tensor of shape `(rank, ...)`.
-            corrected: bool. Whether the bias correction of the optimizer can
-                start anew with the pair.
+            corrected: bool. Whether the optimizer corrects its moments, and
+                its steps can be scaled.
         """
-        if self.restarts_bias_correction and not corrected:
+        if self.scales_steps and not corrected:
             return TABLES["slots"]["shared"](kind, values)
         return _function("slots", self.slots)(kind, values)
 
@@ -328,7 +330,7 @@ RECIPES = {
     "lora_restarts": LORA_RESTARTS,
     "adaptive": dataclasses.replace(
         LORA_RESTARTS,
-        slots="new_optimizer",
+        slots="fast_start",
         schedule="by_life",
         steps_per_pair=200,
         pair_life=1 / 30,

@@ -1,4 +1,4 @@
-"""`BiasCorrection`: Adam's bias correction, anew for each restarted pair."""
+"""`BiasCorrection`: Adam's bias correction for restarted pairs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from keras_srlora.layers.companions import are_attached
 # The name of the pairs' ages among a layer's companions.
 COMPANION = "bias_correction"
 
+# Of the usual decays, which make the pace of a new pair.
+USUAL_BETAS = 0.9, 0.999
+# How much smaller than without a new correction a new pair's steps are.
+PACE = 0.5
+
 # Optimizers that divide their moments by `1 - β^t`, by the names of their
 # classes, and how many of the two moments they divide.
 CORRECTED_MOMENTS = {"Adam": 2, "AdamW": 2, "Adamax": 1}
 
 
 class BiasCorrection:
-    """Scales the steps of a restarted pair as those of a new variable.
+    """Scales the steps of restarted pairs.
 
     Moments that start from zero are too small at first. Adam corrects this in
     step `t` by the factor (arXiv 1412.6980, section 3)
@@ -30,10 +35,18 @@ class BiasCorrection:
     ```
 
     It counts the steps from the start of training. If a pair restarts later
-    with moments of zero, its steps are up to seven times too large. This class
-    multiplies them by `c(n) / c(t)`, where `n` counts the steps since the
-    restart. The pair then trains as it would with a new optimizer. Pairs that
-    never restarted are left alone, to the last bit.
+    with moments of zero, `n` steps ago, it is corrected by `c(t)` in place of
+    `c(n)`. Its steps are then up to 6.6 times as large as those of a new
+    optimizer, and shrink with its age. Half of that is a good pace for a new
+    pair (docs/recipes.md). So with the usual decays, 0.9 and 0.999, this class
+    halves the steps of restarted pairs. With others, it multiplies them by
+
+    ```
+    ½ · c(n) / c(t) · c₀(t) / c₀(n)
+    ```
+
+    where `c₀` is `c` with the usual decays, so that the pace is the same.
+    Pairs that never restarted are left alone, to the last bit.
 
     Args:
         layers: list of built SRLoRA layers.
@@ -111,7 +124,7 @@ class BiasCorrection:
         # Restarts that this optimizer has not seen were those of another one;
         # to a new one all pairs are new.
         began = ops.where(began < steps, began, 0.0)
-        part = _correction(steps - began, *betas) / _correction(steps, *betas)
+        part = _pace(steps - began, steps, *betas)
         # First pairs stay as they are; a vector's powers may be rounded in
         # another way than a number's.
         excess = ops.expand_dims(ops.where(began > 0, 1.0 - part, 0.0), 1)
@@ -159,6 +172,13 @@ def _value(variable):
 def _correction(n, beta_1, beta_2):
     """`c(n)` of a tensor."""
     return ops.sqrt(1.0 - beta_2**n) / (1.0 - beta_1**n)
+
+
+def _pace(n, t, *betas):
+    """Scales the step `t` of pairs that restarted `n` steps ago."""
+    new = _correction(n, *betas) / _correction(n, *USUAL_BETAS)
+    old = _correction(t, *betas) / _correction(t, *USUAL_BETAS)
+    return PACE * new / old
 
 
 def corrected_betas(optimizer: Any, factors: list | None = None):

@@ -61,7 +61,7 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
     every `k` batches, from the mean gradient that the wrapped optimizer
     applies. They use the gradient before clipping, without loss scales.
 
-    Pairs that restarted with moments of zero train as with a new optimizer; see
+    The steps of pairs that restarted with moments of zero are scaled; see
     `keras_srlora/training/bias_correction.py`.
 
     The optimizer is saved as the wrapped one, so a model that was saved during
@@ -150,7 +150,7 @@ class SensitivityOptimizer(keras.optimizers.Optimizer):
             inner.apply(grads, variables)
 
     def _update(self, update):
-        """A step of the wrapped optimizer; restarted pairs step as new ones."""
+        """A step of the wrapped optimizer; restarted pairs have a pace."""
         inner, correction = self.unwrap(), self.bias_correction
         betas = corrected_betas(inner)
         old = None if betas is None else correction.copy_factors()

@@ -311,7 +311,7 @@ def _recompose_layer(layer, path, recipe, scores, step):
 
 def _restart_moments(layer, event, recipe, slots, correction):
     """Restarts what an optimizer remembers of pairs that were fused."""
-    if correction and recipe.restarts_bias_correction:
+    if correction and recipe.scales_steps:
         correction.ages.restart(layer, event.slots, correction.steps)
     treatment = functools.partial(
         recipe.treat_slots, corrected=correction is not None

@@ -214,8 +214,8 @@ def test_shared_second_moments_are_the_mean_of_the_layers_pairs():
     shared = keras.ops.convert_to_numpy(treat("second_moment", values))
     np.testing.assert_allclose(shared, [values.mean(axis=0)] * 3)
     assert not np.any(keras.ops.convert_to_numpy(treat("first_moment", values)))
-    # So does an optimizer whose bias correction cannot start anew.
-    treat = Recipe(slots="new_optimizer").treat_slots
+    # So does an optimizer whose steps cannot be scaled.
+    treat = Recipe(slots="fast_start").treat_slots
     for corrected, expected in ((False, shared), (True, 0.0 * shared)):
         found = treat("second_moment", values, corrected=corrected)
         np.testing.assert_array_equal(

@@ -33,8 +33,8 @@ PROCESSES = 2
 EPOCHS, STEPS, BATCH = 4, 5, 8
 INTERVAL = 5  # recomposed after steps 5, 10 and 15
 KILLED_AFTER = 3  # epochs
-# The published one, whose restarted pairs train as with a new optimizer.
-RECIPE = keras_srlora.Recipe(slots="new_optimizer")
+# The published one, but the steps of restarted pairs are scaled.
+RECIPE = keras_srlora.Recipe(slots="fast_start")
 
 
 def make_model(recipe=RECIPE, **arguments):
