@@ -103,12 +103,10 @@ class Recipe:
 
     Layers use `recipe="adaptive"` by default. It starts each pair as LoRA does,
     trains it for a thirtieth of the run, and at least for 200 steps and 200,000
-    predictions, then fuses it and restarts its slot. The first steps of the
-    new pair are larger than LoRA's. A run of fewer than 1,000 steps or
-    1,000,000 predictions is plain LoRA. So is one of fewer than 250,000
-    predictions for each slot of a layer (2,000,000 at rank 8), and one whose
-    epochs have fewer than 200,000 predictions, or than a twentieth of a
-    lifetime.
+    predictions, then fuses it and restarts its slot. A run of fewer than 1,000
+    steps or 1,000,000 predictions is plain LoRA. So is one of fewer than
+    250,000 predictions for each slot of a layer (2,000,000 at rank 8), and one
+    whose epochs have fewer than 200,000, or than a twentieth of a lifetime.
 
     `recipe="lora_restarts"` restarts pairs in the same way in the first half of
     a run of any length. It uses each direction once, and zeroes all moments.
