@@ -106,7 +106,7 @@ class Recipe:
     predictions, then fuses it and restarts its slot. A run of fewer than 1,000
     steps or 1,000,000 predictions is plain LoRA. So is one of fewer than
     250,000 predictions for each slot of a layer (2,000,000 at rank 8), and one
-    whose epochs have fewer than 200,000, or last a twentieth of a lifetime.
+    whose epochs have fewer than 200,000, or last under 1/20 of a lifetime.
 
     `recipe="lora_restarts"` restarts pairs in the same way in the first half of
     a run of any length. It uses each direction once, and zeroes all moments.
