@@ -101,6 +101,7 @@ def test_the_documentation_shows_the_long_runs_and_the_prototypes(report):
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert report.pages.long_runs(done) in page
     assert report.pages.prototypes(done) in page
+    assert report.pages.paces(done) in page
     assert report.pages.predictions(done) in page
     assert report.pages.by_rank(done) in page
     assert report.pages.labels(done) in page

@@ -223,10 +223,10 @@ def prototypes(done):
         ]
     rows = [["method", *(title for *_, title in PROTOTYPED)]]
     for method in dict.fromkeys(methods):
-        row = []
-        for task, rank, rate, _ in PROTOTYPED:
-            found = at_rate(done[task], task, method, rank, rate)
-            row.append(f"{found[0]['test_loss']:.4f}" if 0 in found else "–")
+        row = [
+            of_first_seed(done, task, method, rank, rate, ".4f")
+            for task, rank, rate, _ in PROTOTYPED
+        ]
         rows.append([described(method), *row])
     return markdown(rows)
 
@@ -235,12 +235,18 @@ def paces(done):
     """What the steps of new pairs do; the first seed."""
     rows = [["task", "rank", *PACES.values()]]
     for task, title, rank, rate in PACED:
-        row = []
-        for method in PACES:
-            found = at_rate(done.get(task, {}), task, method, rank, rate)
-            row.append(f"{found[0]['test_loss']:.5g}" if 0 in found else "–")
+        row = [
+            of_first_seed(done, task, method, rank, rate, ".5g")
+            for method in PACES
+        ]
         rows.append([title, rank, *row])
     return markdown(rows)
+
+
+def of_first_seed(done, task, method, rank, rate, digits):
+    """The test loss of a run, or a dash."""
+    found = at_rate(done.get(task, {}), task, method, rank, rate)
+    return f"{found[0]['test_loss']:{digits}}" if 0 in found else "–"
 
 
 def described(method):

@@ -14,6 +14,8 @@ from benchmarks.quality.methods import lora
 from keras_srlora.layers import pairs
 from keras_srlora.recipes.choices import as_lora
 from keras_srlora.training import slots as slots_of
+from keras_srlora.training.bias_correction import USUAL_BETAS
+from keras_srlora.training.bias_correction import correction
 
 DEFAULTS = {
     "life": 300.0,  # steps of a pair
@@ -63,11 +65,6 @@ class PairAdamW(keras.optimizers.AdamW):
         if factor is not None:
             learning_rate = ops.cast(learning_rate, "float32") * factor()
         super().update_step(gradient, variable, learning_rate)
-
-
-def correction(n):
-    """Adam's bias correction in its `n`-th step."""
-    return ops.sqrt(1 - 0.999**n) / (1 - 0.9**n)
 
 
 class Restarts(keras.callbacks.Callback):
@@ -123,11 +120,13 @@ class Restarts(keras.callbacks.Callback):
         if warm:
             factor *= ops.clip(age / warm, 0.0, 1.0)
         if self.choices["clock"] == 1:
-            factor *= correction(age)
+            factor *= correction(age, *USUAL_BETAS)
         if self.choices["clock"] == 2:
             # First pairs began long before the run.
             age = ops.minimum(age, step + 1)
-            factor *= correction(age) / correction(step + 1)
+            factor *= correction(age, *USUAL_BETAS) / correction(
+                step + 1, *USUAL_BETAS
+            )
         if self.choices["factor"] != 1.0:
             began = ops.convert_to_tensor(began)
             factor *= ops.where(began > 0, self.choices["factor"], 1.0)

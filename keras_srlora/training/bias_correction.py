@@ -169,15 +169,15 @@ def _value(variable):
     return ops.stop_gradient(ops.convert_to_tensor(variable))
 
 
-def _correction(n, beta_1, beta_2):
+def correction(n, beta_1, beta_2):
     """`c(n)` of a tensor."""
     return ops.sqrt(1.0 - beta_2**n) / (1.0 - beta_1**n)
 
 
 def _pace(n, t, *betas):
     """Scales the step `t` of pairs that restarted `n` steps ago."""
-    new = _correction(n, *betas) / _correction(n, *USUAL_BETAS)
-    old = _correction(t, *betas) / _correction(t, *USUAL_BETAS)
+    new = correction(n, *betas) / correction(n, *USUAL_BETAS)
+    old = correction(t, *betas) / correction(t, *USUAL_BETAS)
     return PACE * new / old
 
 
